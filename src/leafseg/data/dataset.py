@@ -1,0 +1,189 @@
+"""Training samples by global position: what a step sees depends on the seed and its position, and on nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from leafseg import rng
+from leafseg.config import AugmentationSettings
+from leafseg.data.images import read_image, read_mask
+from leafseg.data.manifest import Manifest
+from leafseg.data.transforms import (
+    Augmentation,
+    Preprocessor,
+    augment,
+    draw_augmentation,
+    pack_augmentation,
+)
+from leafseg.errors import DataError
+
+
+class SegmentationDataset(Dataset[dict[str, Any]]):
+    """Decoded, preprocessed, augmented samples, asked for by (global sample position, index).
+
+    The un-augmented sample is rounded to 8 bits before anything else happens to it, so that the memory cache, its limit
+    and the number of workers cannot change a value.
+
+    Args:
+        manifest: the samples, normally one part; each needs a mask.
+        preprocessor: the one that the model is saved with.
+        augmentation: None leaves samples as they are.
+        seed: the run's seed.
+        cache_mb: memory for decoded samples in each process; what does not fit is decoded again each time.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        preprocessor: Preprocessor,
+        *,
+        augmentation: AugmentationSettings | None,
+        seed: int,
+        cache_mb: int,
+    ) -> None:
+        unmasked = [sample.name for sample in manifest.samples if sample.mask is None]
+        if unmasked:
+            raise DataError(
+                f"{manifest.root}: {len(unmasked)} samples have no mask ({unmasked[0]} first); add the masks"
+            )
+        self.manifest = manifest
+        self.preprocessor = preprocessor
+        self.augmentation = augmentation
+        self.seed = seed
+        self.cache_mb = cache_mb
+        self._cache: dict[int, tuple[Tensor, Tensor]] = {}
+        self._cached_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        """One sample.
+
+        Args:
+            key: (global sample position, index into the manifest).
+
+        Returns:
+            ``image`` float32 ``[3, h, w]`` in 0..1, ``labels`` int64 ``[h, w]``, ``augmentation`` float32 ``[9]`` (see
+            ``transforms.unpack_augmentation``), and the ints ``index`` and ``position``.
+
+        Raises:
+            DataError: if a file changed or was damaged since the manifest was read.
+        """
+        position, index = key
+        image_bytes, label_bytes = self._decoded(index)
+        image, labels = image_bytes.float() / 255.0, label_bytes.long()
+        change = Augmentation()
+        if self.augmentation is not None:
+            change = draw_augmentation(self.augmentation, rng.generator(self.seed, "augmentation", position))
+            image, labels = augment(image, labels, change)
+        return {
+            "image": image,
+            "labels": labels,
+            "augmentation": pack_augmentation(change),
+            "index": index,
+            "position": position,
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": {}, "_cached_bytes": 0}  # a spawned worker fills its own
+
+    def _decoded(self, index: int) -> tuple[Tensor, Tensor]:
+        cached = self._cache.get(index)
+        if cached is not None:
+            return cached
+        sample = self.manifest.samples[index]
+        if sample.mask is None:
+            raise DataError(f"{sample.image}: the sample has no mask; add the mask")  # narrows the type; see __init__
+        pixels = read_image(sample.image, sample.frame)
+        classes = self.manifest.label_map.apply(read_mask(sample.mask, sample.mask_frame), source=str(sample.mask))
+        try:
+            image, placement = self.preprocessor.apply(pixels)
+            labels = self.preprocessor.apply_labels(classes, placement)
+        except DataError as error:
+            raise DataError(f"{sample.image}: {error}") from error
+        decoded = (image * 255.0).round().to(torch.uint8), labels.to(torch.uint8)
+        # Never evicted: an epoch visits every sample once, so a full cache that evicts would never hit.
+        n_bytes = sum(tensor.numel() for tensor in decoded)
+        if self._cached_bytes + n_bytes <= self.cache_mb * 2**20:
+            self._cache[index] = decoded
+            self._cached_bytes += n_bytes
+        return decoded
+
+
+class PositionSampler(Sampler[list[tuple[int, int]]]):
+    """Micro-batches of (global sample position, index), resumable by the position alone.
+
+    Position ``p`` belongs to epoch ``p // n`` and is entry ``p % n`` of that epoch's permutation. Each optimizer step
+    covers ``batch_size_global`` positions; a process takes its contiguous share, cut into micro-batches, so that the
+    samples of a step are the same for any number of processes.
+
+    Args:
+        n: samples in the data set.
+        seed: the run's seed.
+        start_position: where to go on; step ``s`` begins at ``s * batch_size_global``.
+        batch_size_global: samples an optimizer step, over all processes.
+        rank, world_size: this process and how many there are; must divide the batch evenly.
+        micro_batch: samples a forward pass; None takes the whole share. The last one of a step may be smaller.
+        num_steps: optimizer steps to yield; None never ends.
+    """
+
+    def __init__(
+        self,
+        *,
+        n: int,
+        seed: int,
+        batch_size_global: int,
+        start_position: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        micro_batch: int | None = None,
+        num_steps: int | None = None,
+    ) -> None:
+        if n < 1:
+            raise DataError("no training samples; check the split, or add images")
+        if batch_size_global < 1 or batch_size_global % world_size:
+            raise ValueError(f"batch size is {batch_size_global}; it must be a positive multiple of {world_size}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}; it must be in 0..{world_size - 1}")
+        if micro_batch is not None and micro_batch < 1:
+            raise ValueError(f"micro batch is {micro_batch}; it must be at least 1")
+        if start_position < 0:
+            raise ValueError(f"start position is {start_position}; it must not be negative")
+        self.n = n
+        self.seed = seed
+        self.start_position = start_position
+        self.batch_size_global = batch_size_global
+        self.rank = rank
+        self.share = batch_size_global // world_size
+        self.micro_batch = min(micro_batch or self.share, self.share)
+        self.num_steps = num_steps
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        return -(-self.share // self.micro_batch)
+
+    def __len__(self) -> int:
+        if self.num_steps is None:
+            raise TypeError("an endless sampler has no length")
+        return self.num_steps * self.micro_batches_per_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, rng.permutation(self.seed, "shuffle", 0, self.n)
+        step = 0
+        while self.num_steps is None or step < self.num_steps:
+            first = self.start_position + step * self.batch_size_global + self.rank * self.share
+            keys = []
+            for position in range(first, first + self.share):
+                if position // self.n != epoch:
+                    epoch = position // self.n
+                    order = rng.permutation(self.seed, "shuffle", epoch, self.n)
+                keys.append((position, int(order[position % self.n])))
+            for begin in range(0, self.share, self.micro_batch):
+                yield keys[begin : begin + self.micro_batch]
+            step += 1

@@ -1,0 +1,311 @@
+"""From pixels to network input and back, and the random changes of training samples: pure functions and one object.
+
+Training, evaluation, prediction and export all go through one ``Preprocessor``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, fields
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from leafseg.config import AugmentationSettings, PreprocessingSettings
+from leafseg.errors import DataError
+
+PERCENTILES = (0.5, 99.5)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an image lies in the network input; sizes are (height, width) in pixels.
+
+    Attributes:
+        source_size: of the image as read.
+        input_size: of the network input.
+        top, left, content_size: the rectangle of the input that the image fills; the rest is padding.
+    """
+
+    source_size: tuple[int, int]
+    input_size: tuple[int, int]
+    top: int
+    left: int
+    content_size: tuple[int, int]
+
+
+class Preprocessor:
+    """Pixels to network input, labels along, and maps back to the source grid."""
+
+    def __init__(self, settings: PreprocessingSettings) -> None:
+        self.settings = settings
+
+    def intensity_to_unit(self, pixels: NDArray[Any]) -> Tensor:
+        """Pixels ``[H, W]`` or ``[H, W, 3]`` as float32 ``[3, H, W]`` in 0..1; grey becomes three equal channels.
+
+        ``range`` divides integers by their type's maximum (negative ones become 0) and takes floats as they are, which
+        must lie in 0..1. ``percentile`` maps the image's own 0.5th..99.5th percentile to 0..1; a constant image becomes
+        zeros. NaN and -inf become 0 and +inf becomes 1; they do not count for the percentiles.
+
+        Raises:
+            DataError: for another shape or type, no finite pixel at all, or floats outside 0..1 with ``range``.
+        """
+        if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] != 3) or 0 in pixels.shape:
+            raise DataError(f"image has shape {list(pixels.shape)}; accepted are [H, W] and [H, W, 3]")
+        if pixels.dtype.kind not in "buif":
+            raise DataError(f"image has type {pixels.dtype}; accepted are integers and real numbers")
+        percentile = self.settings.intensity == "percentile" or (
+            self.settings.intensity == "auto" and pixels.dtype not in (np.uint8, np.bool_)
+        )
+        unit = _percentile_to_unit(pixels) if percentile else _range_to_unit(pixels)
+        tensor = torch.from_numpy(np.ascontiguousarray(unit))
+        if tensor.ndim == 2:
+            return tensor.expand(3, -1, -1).contiguous()
+        return tensor.permute(2, 0, 1).contiguous()
+
+    def apply(self, pixels: NDArray[Any]) -> tuple[Tensor, Placement]:
+        """Pixels as read to network input ``[3, h, w]`` in 0..1, and where they lie in it.
+
+        Raises:
+            DataError: as ``intensity_to_unit``.
+        """
+        images, placement = self.resize_tensor(self.intensity_to_unit(pixels)[None])
+        return images[0], placement
+
+    def resize_tensor(self, images: Tensor) -> tuple[Tensor, Placement]:
+        """Images ``[B, 3, H, W]`` in 0..1 to ``[B, 3, h, w]`` in 0..1, stretched or padded as the settings say."""
+        source_size = (images.shape[-2], images.shape[-1])
+        placement = self.placement(source_size)
+        resized = _resize(images, placement.content_size, self.settings.interpolation)
+        return _pad(resized.clamp(0.0, 1.0), placement), placement  # bicubic overshoots
+
+    def placement(self, source_size: tuple[int, int]) -> Placement:
+        """Where an image of this (height, width) will lie in the network input."""
+        size = self.settings.size
+        if self.settings.fit == "stretch":
+            return Placement(source_size, size, 0, 0, size)
+        shrink = min(size[0] / source_size[0], size[1] / source_size[1])
+        content = (
+            min(size[0], max(1, round(source_size[0] * shrink))),
+            min(size[1], max(1, round(source_size[1] * shrink))),
+        )
+        return Placement(source_size, size, (size[0] - content[0]) // 2, (size[1] - content[1]) // 2, content)
+
+    def apply_labels(self, labels: NDArray[np.uint8], placement: Placement) -> Tensor:
+        """Class ids ``[H, W]`` onto the network input's grid, ``[h, w]`` int64; the padding is class 0.
+
+        Raises:
+            DataError: if the labels are not on the image's grid.
+        """
+        if labels.shape != placement.source_size:
+            raise DataError(
+                f"mask is {labels.shape[1]}x{labels.shape[0]}, image is {placement.source_size[1]}x"
+                f"{placement.source_size[0]}; both must share one grid"
+            )
+        tensor = torch.from_numpy(np.ascontiguousarray(labels))[None, None]
+        if labels.shape != placement.content_size:
+            tensor = F.interpolate(tensor, placement.content_size, mode="nearest-exact")
+        return _pad(tensor, placement)[0, 0].long()
+
+    def restore(self, maps: Tensor, placement: Placement) -> Tensor:
+        """Maps ``[C, h, w]`` on the network input's grid (probabilities) back to the source grid, ``[C, H, W]``."""
+        bottom, right = placement.top + placement.content_size[0], placement.left + placement.content_size[1]
+        content = maps[:, placement.top : bottom, placement.left : right]
+        return _resize(content[None], placement.source_size, "bilinear")[0]
+
+
+def _range_to_unit(pixels: NDArray[Any]) -> NDArray[np.float32]:
+    if pixels.dtype.kind == "b":
+        return pixels.astype(np.float32)
+    if pixels.dtype.kind in "ui":
+        top = np.iinfo(pixels.dtype).max
+        return (pixels.astype(np.float32) / np.float32(top)).clip(min=np.float32(0.0))
+    finite = _finite(pixels)
+    if finite.min() < 0 or finite.max() > 1:
+        raise DataError(
+            f"image holds values from {finite.min():g} to {finite.max():g}; with intensity 'range' real numbers must "
+            "lie in 0..1, use 'percentile'"
+        )
+    return np.nan_to_num(pixels.astype(np.float32), nan=0.0, posinf=1.0, neginf=0.0)
+
+
+def _percentile_to_unit(pixels: NDArray[Any]) -> NDArray[np.float32]:
+    low, high = (float(bound) for bound in np.percentile(_finite(pixels), PERCENTILES))
+    if not high > low:
+        return np.zeros(pixels.shape, dtype=np.float32)
+    # float64: the difference of two large float32 values would lose the contrast of a narrow window
+    scaled = (pixels.astype(np.float64) - low) / (high - low)
+    return np.nan_to_num(np.clip(scaled, 0.0, 1.0), nan=0.0).astype(np.float32)
+
+
+def _finite(pixels: NDArray[Any]) -> NDArray[Any]:
+    if pixels.dtype.kind != "f":
+        return pixels
+    finite = pixels[np.isfinite(pixels)]
+    if not finite.size:
+        raise DataError("image holds no finite pixel; export it again")
+    return finite.astype(np.float64)  # float16 would overflow in the percentiles' interpolation
+
+
+def _resize(images: Tensor, size: tuple[int, int], mode: Literal["bilinear", "bicubic"]) -> Tensor:
+    if tuple(images.shape[-2:]) == size:
+        return images
+    return F.interpolate(images, size, mode=mode, align_corners=False, antialias=True)
+
+
+def _pad(images: Tensor, placement: Placement) -> Tensor:
+    if placement.content_size == placement.input_size:
+        return images
+    below = placement.input_size[0] - placement.top - placement.content_size[0]
+    right = placement.input_size[1] - placement.left - placement.content_size[1]
+    return F.pad(images, (placement.left, right, placement.top, below))
+
+
+Kind = Literal["flip", "geometric", "photometric"]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """One drawn random change; the defaults change nothing. Applied in this order: flips, affine, photometric.
+
+    Attributes:
+        angle: degrees, counter-clockwise as seen.
+        zoom: above 1 enlarges the content.
+        shift_y, shift_x: shares of the side; positive moves the content down and right.
+        brightness: offset on the 0..1 scale.
+        contrast: factor about the image's mean.
+        gamma: exponent.
+    """
+
+    flip_horizontal: bool = False
+    flip_vertical: bool = False
+    angle: float = 0.0
+    zoom: float = 1.0
+    shift_y: float = 0.0
+    shift_x: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 1.0
+    gamma: float = 1.0
+
+
+# Caches decide by it what they may keep: flips and affine moves can be applied to cached features, colours cannot.
+AUGMENTATION_KINDS: Mapping[str, Kind] = MappingProxyType(
+    {
+        "flip_horizontal": "flip",
+        "flip_vertical": "flip",
+        "angle": "geometric",
+        "zoom": "geometric",
+        "shift_y": "geometric",
+        "shift_x": "geometric",
+        "brightness": "photometric",
+        "contrast": "photometric",
+        "gamma": "photometric",
+    }
+)
+AUGMENTATION_SIZE = len(fields(Augmentation))
+
+
+def draw_augmentation(settings: AugmentationSettings, generator: np.random.Generator) -> Augmentation:
+    """Draw one change; the same count of numbers is drawn whatever the settings, so that streams stay comparable."""
+    u = generator.random(AUGMENTATION_SIZE)
+    sides = 2.0 * u - 1.0
+
+    def exact(value: float) -> float:
+        return float(np.float32(value))  # survives pack_augmentation unchanged
+
+    return Augmentation(
+        flip_horizontal=settings.horizontal_flip and bool(u[0] < 0.5),
+        flip_vertical=settings.vertical_flip and bool(u[1] < 0.5),
+        angle=exact(settings.rotation_degrees * sides[2]),
+        zoom=exact(settings.scale[0] + (settings.scale[1] - settings.scale[0]) * u[3]),
+        shift_y=exact(settings.translation * sides[4]),
+        shift_x=exact(settings.translation * sides[5]),
+        brightness=exact(settings.brightness * sides[6]),
+        contrast=exact(1.0 + settings.contrast * sides[7]),
+        gamma=exact(math.exp(settings.gamma * sides[8])),
+    )
+
+
+def pack_augmentation(augmentation: Augmentation) -> Tensor:
+    """The drawn values as a float32 vector ``[9]``, in the order of the fields, so that batches can carry them."""
+    return torch.tensor([float(value) for value in astuple(augmentation)], dtype=torch.float32)
+
+
+def unpack_augmentation(vector: Tensor) -> Augmentation:
+    """The inverse of ``pack_augmentation``."""
+    values = vector.tolist()
+    if len(values) != AUGMENTATION_SIZE:
+        raise ValueError(f"vector has {len(values)} values; an augmentation has {AUGMENTATION_SIZE}")
+    return Augmentation(bool(values[0]), bool(values[1]), *values[2:])
+
+
+def augment(image: Tensor, labels: Tensor, augmentation: Augmentation) -> tuple[Tensor, Tensor]:
+    """Change an image ``[3, h, w]`` in 0..1 and its labels ``[h, w]`` int64 together.
+
+    Beyond the border the image repeats its edge and the labels are background.
+    """
+    image, labels = _flip(image, augmentation), _flip(labels, augmentation)
+    size = (image.shape[-2], image.shape[-1])
+    grid = _affine_grid(augmentation, size, image_size=size)
+    if grid is not None:
+        image = F.grid_sample(image[None], grid, mode="bilinear", padding_mode="border", align_corners=False)[0]
+        sampled = F.grid_sample(
+            labels[None, None].to(grid.dtype), grid, mode="nearest", padding_mode="zeros", align_corners=False
+        )
+        labels = sampled[0, 0].to(labels.dtype)
+    return _change_colours(image, augmentation), labels
+
+
+def augment_grid(features: Tensor, augmentation: Augmentation, *, image_size: tuple[int, int] | None = None) -> Tensor:
+    """Apply the flips and the affine move, not the colours, to cached features ``[D, gh, gw]``.
+
+    Args:
+        features: one vector a patch, over the whole image.
+        image_size: (height, width) of the image that was augmented; needed where the patch grid has another aspect
+            ratio, because a rotation is one of pixels. Default: the grid's own.
+    """
+    features = _flip(features, augmentation)
+    grid_size = (features.shape[-2], features.shape[-1])
+    grid = _affine_grid(augmentation, grid_size, image_size=image_size or grid_size)
+    if grid is None:
+        return features
+    grid = grid.to(features.device, features.dtype)
+    return F.grid_sample(features[None], grid, mode="bilinear", padding_mode="border", align_corners=False)[0]
+
+
+def _flip(tensor: Tensor, augmentation: Augmentation) -> Tensor:
+    axes = [-1] * augmentation.flip_horizontal + [-2] * augmentation.flip_vertical
+    return torch.flip(tensor, axes) if axes else tensor
+
+
+def _affine_grid(
+    augmentation: Augmentation, out_size: tuple[int, int], *, image_size: tuple[int, int]
+) -> Tensor | None:
+    """Where each output pixel reads, ``[1, h, w, 2]``; None for the identity, which must stay exact and free."""
+    move = (augmentation.angle, augmentation.zoom, augmentation.shift_y, augmentation.shift_x)
+    if move == (0.0, 1.0, 0.0, 0.0):
+        return None
+    # Content moves by p_out = zoom * R * p_in + shift in pixels from the centre (y down), so reading inverts that.
+    # grid_sample's coordinates run over -1..1 on each side, hence the aspect ratio on the off-diagonal.
+    radians = math.radians(augmentation.angle)
+    cos, sin = math.cos(radians) / augmentation.zoom, math.sin(radians) / augmentation.zoom
+    aspect = image_size[0] / image_size[1]
+    matrix = np.array([[cos, -sin * aspect], [sin / aspect, cos]])
+    offset = -matrix @ (2.0 * np.array([augmentation.shift_x, augmentation.shift_y]))
+    theta = torch.from_numpy(np.column_stack([matrix, offset]).astype(np.float32))[None]
+    return F.affine_grid(theta, [1, 1, *out_size], align_corners=False)
+
+
+def _change_colours(image: Tensor, augmentation: Augmentation) -> Tensor:
+    if augmentation.brightness != 0.0 or augmentation.contrast != 1.0:
+        mean = image.mean()
+        image = ((image - mean) * augmentation.contrast + mean + augmentation.brightness).clamp(0.0, 1.0)
+    if augmentation.gamma != 1.0:
+        image = image.clamp(0.0, 1.0) ** augmentation.gamma
+    return image

@@ -1,0 +1,23 @@
+"""The errors that a user can cause, each one sentence: what was got, the rule, the remedy, the path."""
+
+from __future__ import annotations
+
+
+class LeafsegError(Exception):
+    """Base of all errors whose message is meant for the user; the command line prints it and exits with code 2."""
+
+
+class DataError(LeafsegError):
+    """An image, mask, folder, manifest or split that breaks a rule of the data layout."""
+
+
+class ConfigError(LeafsegError):
+    """A setting that is unknown, out of range, or contradicts another one."""
+
+
+class CheckpointError(LeafsegError):
+    """A model folder or training checkpoint that is missing, damaged, or of another shape."""
+
+
+class MissingExtraError(LeafsegError):
+    """An optional package that a feature needs is not installed; the message names the extra or the install command."""

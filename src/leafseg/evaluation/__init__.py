@@ -1,0 +1,1 @@
+"""Metrics, intervals and evaluation of any segmenter at the original resolution."""

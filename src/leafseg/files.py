@@ -1,0 +1,62 @@
+"""Writing files so that a reader never meets a half-written one: beside the target first, then renamed over it."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from leafseg.errors import DataError
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path in the folder of ``path``, with the same suffix, that replaces ``path`` when the block succeeds.
+
+    Missing folders are made. On any failure the temporary file is removed and what stood at ``path`` is untouched.
+
+    Raises:
+        DataError: if the system refuses to write (no permission, disk full, a parent that is a file).
+    """
+    temporary = path.parent / f".tmp-{secrets.token_hex(6)}-{path.name[-40:]}"
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
+        except OSError as error:
+            reason = error.strerror or str(error) or type(error).__name__
+            raise DataError(
+                f"{path}: cannot be written ({reason}); the folder must be writable and have free space, "
+                "choose another place or free some"
+            ) from error
+    finally:
+        with suppress(OSError):  # a parent that is a file: nothing was written there
+            temporary.unlink(missing_ok=True)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8; it is on disk, whole, before the name points to it.
+
+    Raises:
+        DataError: if the system refuses to write.
+    """
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON; NaN and infinity are refused, because other readers reject them.
+
+    Raises:
+        DataError: if the system refuses to write.
+        ValueError: if the value holds NaN or infinity.
+        TypeError: if the value is not made of JSON types.
+    """
+    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,0 +1,139 @@
+"""The frozen autoencoder of masks (and the compact one that ships with the package): building, loading, latent scale."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors import SafetensorError
+from torch import Tensor
+
+from leafseg.config import AutoencoderSettings
+from leafseg.errors import CheckpointError, ConfigError
+
+_PACKAGED = "packaged:"
+
+
+def new_autoencoder(settings: AutoencoderSettings) -> AutoencoderKL:
+    """An AutoencoderKL with random weights. Latents keep mean 0 and deviation 1 until they are measured."""
+    levels = len(settings.block_out_channels)
+    return AutoencoderKL(
+        block_out_channels=settings.block_out_channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=settings.layers_per_block,
+        latent_channels=settings.latent_channels,
+        norm_num_groups=settings.norm_num_groups,
+        mid_block_add_attention=settings.mid_block_attention,
+        scaling_factor=settings.scaling_factor,
+        sample_size=256,
+    )
+
+
+def build_autoencoder(settings: AutoencoderSettings) -> AutoencoderKL:
+    """The autoencoder that the settings name, in float32.
+
+    Raises:
+        CheckpointError: if its weights are missing or damaged.
+        ConfigError: if the stored autoencoder has another shape than the settings say.
+    """
+    if settings.weights is None:
+        return new_autoencoder(settings)
+    packaged = settings.weights.startswith(_PACKAGED)
+    folder = packaged_autoencoder(settings.weights) if packaged else Path(settings.weights)
+    autoencoder = load_autoencoder(folder)
+    wanted: dict[str, Any] = {
+        "block_out_channels": list(settings.block_out_channels),
+        "layers_per_block": settings.layers_per_block,
+        "latent_channels": settings.latent_channels,
+    }
+    stored = {name: autoencoder.config[name] for name in wanted}
+    stored["block_out_channels"] = list(stored["block_out_channels"])
+    if stored != wanted:
+        raise ConfigError(
+            f"{folder}: the autoencoder has {stored}, the settings ask for {wanted}; change model.autoencoder"
+        )
+    return autoencoder
+
+
+def packaged_autoencoder(name: str) -> Path:
+    """The folder of an autoencoder that ships with the package, by ``packaged:NAME``.
+
+    Raises:
+        ConfigError: if the package ships none of that name.
+    """
+    shipped = Path(str(files("leafseg") / "weights"))
+    folder = shipped / name.removeprefix(_PACKAGED)
+    if not (folder / "config.json").is_file():
+        known = sorted(p.name for p in shipped.iterdir() if p.is_dir()) if shipped.is_dir() else []
+        raise ConfigError(f"the autoencoder is {name!r}; the package ships {', '.join(known) or 'none'}")
+    return folder
+
+
+def load_autoencoder(folder: Path) -> AutoencoderKL:
+    """An autoencoder folder (config.json and safetensors), in float32.
+
+    Raises:
+        CheckpointError: if the folder is missing, incomplete or damaged.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: no config.json; an autoencoder is a folder that diffusers' save_pretrained wrote"
+        )
+    try:
+        autoencoder = AutoencoderKL.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32)
+    except (OSError, ValueError, SafetensorError, RuntimeError, json.JSONDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{folder}: the autoencoder cannot be loaded ({reason}); copy or download it again"
+        ) from error
+    return autoencoder
+
+
+def _statistics(config: Mapping[str, Any], like: Tensor) -> tuple[Tensor | float, Tensor | float, float]:
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    scale = float(config["scaling_factor"])
+    if mean is None or std is None:
+        return 0.0, 1.0, scale
+    # Masks that take several pictures stack their latents along the channels: repeat the statistics.
+    repeats = like.shape[1] // len(mean)
+    shape = (1, -1, 1, 1)
+    mean_tensor = torch.tensor(mean, device=like.device, dtype=like.dtype).repeat(repeats).view(shape)
+    std_tensor = torch.tensor(std, device=like.device, dtype=like.dtype).repeat(repeats).view(shape)
+    return mean_tensor, std_tensor, scale
+
+
+def scale_latent(code: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """Diffusion latent of an autoencoder code ``[B, z, h, w]``: ``(code - mean) / std * scaling_factor`` per channel.
+
+    ``config`` is the autoencoder's; mean and std are those of MASK codes (0 and 1 where they are not stored).
+    """
+    mean, std, scale = _statistics(config, code)
+    return (code - mean) / std * scale
+
+
+def unscale_latent(latent: Tensor, config: Mapping[str, Any]) -> Tensor:
+    """The inverse of :func:`scale_latent`."""
+    mean, std, scale = _statistics(config, latent)
+    return latent / scale * std + mean
+
+
+def encode_pictures(autoencoder: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """Mask latent ``[B, P*z, h, w]`` of coded labels ``[B, P*3, H, W]`` in -1..1; each picture is encoded by itself."""
+    batch, channels, height, width = pictures.shape
+    single = pictures.reshape(batch * channels // 3, 3, height, width)
+    code = autoencoder.encode(single).latent_dist.mode()  # [B*P, z, h, w]
+    return scale_latent(code.reshape(batch, -1, *code.shape[-2:]), autoencoder.config)
+
+
+def decode_pictures(autoencoder: AutoencoderKL, latent: Tensor) -> Tensor:
+    """Pictures ``[B, P*3, H, W]``, about -1..1, of a mask latent ``[B, P*z, h, w]``."""
+    code = unscale_latent(latent, autoencoder.config)
+    single = code.reshape(-1, int(autoencoder.config["latent_channels"]), *code.shape[-2:])
+    pictures: Tensor = autoencoder.decode(single, return_dict=False)[0]
+    return pictures.reshape(latent.shape[0], -1, *pictures.shape[-2:])

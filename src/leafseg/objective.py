@@ -1,0 +1,110 @@
+"""What LEAF minimises: tensors in, tensors out.
+
+Source: LEAF (arXiv 2507.18214). Every mean is a true mean over the batch and all positions.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from leafseg.config import PredictionType
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(device=like.device, dtype=like.dtype).view(-1, *([1] * (like.ndim - 1)))
+
+
+def add_noise(sample: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
+    """``sqrt(abar) * sample + sqrt(1 - abar) * noise``; ``alpha_bar`` is ``[B]``."""
+    abar = _per_sample(alpha_bar, sample)
+    return abar.sqrt() * sample + (1 - abar).sqrt() * noise
+
+
+def prediction_target(sample: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_type: PredictionType) -> Tensor:
+    """What the U-Net shall output: the clean latent, the noise, or the velocity ``sqrt(abar) eps - sqrt(1-abar) z``."""
+    if prediction_type == "sample":
+        return sample
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        abar = _per_sample(alpha_bar, sample)
+        return abar.sqrt() * noise - (1 - abar).sqrt() * sample
+    raise ValueError(f"prediction_type is {prediction_type!r}; known are sample, epsilon, v_prediction")
+
+
+def predicted_sample(
+    prediction: Tensor, noisy_latent: Tensor, alpha_bar: Tensor, prediction_type: PredictionType
+) -> Tensor:
+    """The clean latent that a prediction of any type implies (x0)."""
+    abar = _per_sample(alpha_bar, prediction)
+    if prediction_type == "sample":
+        return prediction
+    if prediction_type == "epsilon":
+        return (noisy_latent - (1 - abar).sqrt() * prediction) / abar.sqrt()
+    if prediction_type == "v_prediction":
+        return abar.sqrt() * noisy_latent - (1 - abar).sqrt() * prediction
+    raise ValueError(f"prediction_type is {prediction_type!r}; known are sample, epsilon, v_prediction")
+
+
+def latent_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute error of the prediction, scalar.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction is {list(prediction.shape)}, target is {list(target.shape)}; they must be equal")
+    return F.l1_loss(prediction, target)
+
+
+def alignment_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean negative cosine similarity between matching patch tokens.
+
+    Args:
+        student: projected U-Net features, ``[B, N, D]``; gradients flow.
+        teacher: frozen patch tokens, ``[B, N, D]``, same row-major patch order.
+
+    Returns:
+        Scalar in [-1, 1]; -1 is perfect agreement. Independent of B.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Source: LEAF (arXiv 2507.18214), without the released code's second division by B.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(f"student is {list(student.shape)}, teacher is {list(teacher.shape)}; they must be equal")
+    return -F.cosine_similarity(student, teacher, dim=-1).mean()
+
+
+def pixel_loss(logits: Tensor, target: Tensor, *, exclusive: bool = True) -> Tensor:
+    """Soft Dice plus cross-entropy of the decoded mask, scalar.
+
+    Args:
+        logits: ``[B, C, H, W]``; C = 1 is a binary foreground.
+        target: labels ``[B, H, W]`` (integer), or bool ``[B, C, H, W]`` for overlapping labels.
+        exclusive: whether the C > 1 channels compete (softmax) or not (sigmoid each).
+
+    The Dice term is a mean over samples and channels; its smoothing of one pixel makes an empty target worth an
+    all-background answer instead of an undefined one.
+    """
+    channels = logits.shape[1]
+    if channels > 1 and exclusive:
+        entropy = F.cross_entropy(logits, target)
+        probability = logits.softmax(1)
+        wanted = F.one_hot(target, channels).movedim(-1, 1).to(logits.dtype)
+    else:
+        wanted = (target[:, None] if target.ndim == 3 else target).to(logits.dtype)
+        entropy = F.binary_cross_entropy_with_logits(logits, wanted)
+        probability = logits.sigmoid()
+    overlap = (probability * wanted).sum((2, 3))
+    total = probability.sum((2, 3)) + wanted.sum((2, 3))
+    dice = (2 * overlap + 1) / (total + 1)
+    return entropy + (1 - dice).mean()
+
+
+def terminal_positions(uniforms: Tensor, terminal_fraction: float) -> Tensor:
+    """Bool ``[B]``: which samples are trained at the last timestep on pure noise; ``uniforms`` are in [0, 1)."""
+    return uniforms < torch.as_tensor(terminal_fraction, dtype=uniforms.dtype)

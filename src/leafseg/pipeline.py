@@ -1,0 +1,338 @@
+"""One image to a probability: the single-step pipeline, and the same loop for any number of steps.
+
+Never imports training, teachers or the projector: what infers is exactly what is saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
+from diffusers.utils import BaseOutput
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from PIL import Image
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from torch import Tensor
+
+from leafseg import rng
+from leafseg.config import Noise, PreprocessingSettings
+from leafseg.data.transforms import Preprocessor
+from leafseg.errors import CheckpointError, DataError
+from leafseg.mask_code import MaskCode, make_mask_code
+from leafseg.model.autoencoder import decode_pictures, scale_latent
+from leafseg.model.image_encoder import ImageEncoder
+from leafseg.model.unet import MaskUNet
+
+FORMAT_VERSION = 1
+
+# The classes that a model folder may name. Anything else is refused before it is looked at: loading a model never runs
+# code that came with it.
+_ALLOWED_CLASSES = {
+    "unet": {("leafseg", "MaskUNet")},
+    "vae": {("diffusers", "AutoencoderKL")},
+    "image_encoder": {("leafseg", "ImageEncoder")},
+    "scheduler": {("diffusers", "DDIMScheduler")},
+}
+
+
+@dataclass
+class LeafOutput(BaseOutput):
+    """What the pipeline returns, on the grid of the given images.
+
+    Attributes:
+        probability: float32 ``[B, C, H, W]`` in 0..1; C = 1 (foreground) for binary models.
+        labels: int64 ``[B, H, W]``; None for overlapping labels.
+        mask: bool ``[B, C, H, W]``.
+        spread: float32 ``[B, C, H, W]``, the standard deviation over ``num_samples`` noise draws; None for one draw.
+    """
+
+    probability: Tensor
+    labels: Tensor | None
+    mask: Tensor
+    spread: Tensor | None = None
+
+
+class LeafPipeline(DiffusionPipeline):
+    """LEAF at inference: image encoder, U-Net, mask decoder.
+
+    Args:
+        unet: predicts the mask latent from image latent and noisy mask latent.
+        vae: the frozen autoencoder of masks.
+        image_encoder: the trained image encoder.
+        scheduler: DDIM with trailing spacing.
+        preprocessing: the fields of :class:`leafseg.config.PreprocessingSettings`.
+        mask_code: ``{"name": ..., "label_names": [...]}``.
+        num_inference_steps: the recommended number of steps.
+        format_version: of this folder layout.
+
+    Not a medical device.
+    """
+
+    __module__ = "leafseg"  # see MaskUNet
+    model_cpu_offload_seq = "image_encoder->unet->vae"
+
+    def __init__(
+        self,
+        unet: MaskUNet,
+        vae: AutoencoderKL,
+        image_encoder: ImageEncoder,
+        scheduler: DDIMScheduler,
+        preprocessing: dict[str, Any] | None = None,
+        mask_code: dict[str, Any] | None = None,
+        num_inference_steps: int = 1,
+        format_version: int = FORMAT_VERSION,
+    ) -> None:
+        super().__init__()
+        if preprocessing is None:
+            preprocessing = PreprocessingSettings().model_dump(mode="json")
+        if mask_code is None:
+            mask_code = {"name": "binary", "label_names": ["background", "foreground"]}
+        self.register_modules(unet=unet, vae=vae, image_encoder=image_encoder, scheduler=scheduler)
+        self.register_to_config(
+            preprocessing=preprocessing,
+            mask_code=mask_code,
+            num_inference_steps=num_inference_steps,
+            format_version=format_version,
+        )
+        self.preprocessor = Preprocessor(PreprocessingSettings.model_validate(preprocessing))
+        self.mask_code: MaskCode = make_mask_code(mask_code["name"], tuple(mask_code["label_names"]))
+        self.vae.requires_grad_(False)
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return self.mask_code.label_names
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> LeafPipeline:
+        """Load a pipeline folder or hub id; safetensors only, known classes only.
+
+        Args:
+            pretrained_model_name_or_path: a folder that ``save_pretrained`` wrote, or a hub id.
+            **kwargs: diffusers' own, e.g. ``torch_dtype=torch.bfloat16``.
+
+        Raises:
+            CheckpointError: if the folder is missing, damaged, of another kind, or names a class that is not allowed.
+        """
+        name = str(pretrained_model_name_or_path)
+        folder = Path(name)
+        if folder.exists():
+            _check_folder(folder)
+        elif name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise CheckpointError(f"{name}: no such folder; give a run, a pipeline folder, or a hub id (owner/name)")
+        kwargs.setdefault("low_cpu_mem_usage", True)
+        verbosity = diffusers_logging.get_verbosity()
+        try:
+            if not folder.exists():
+                # The index is checked before any component is touched.
+                patterns = ["*.json", "*.safetensors"]
+                folder = Path(snapshot_download(name, allow_patterns=patterns, **_download_arguments(kwargs)))
+                _check_folder(folder)
+            diffusers_logging.disable_progress_bar()
+            pipe = super().from_pretrained(folder, use_safetensors=True, **kwargs)
+        except CheckpointError:
+            raise
+        except (HfHubHTTPError, HFValidationError, ConnectionError) as error:
+            raise CheckpointError(
+                f"{name}: neither a folder here nor a reachable hub id ({_first_line(error)}); check the name"
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, ValidationError) as error:
+            raise CheckpointError(
+                f"{name}: the model cannot be loaded ({_first_line(error)}); copy, download or train it again"
+            ) from error
+        finally:
+            diffusers_logging.set_verbosity(verbosity)
+            diffusers_logging.enable_progress_bar()
+        return cast(LeafPipeline, pipe)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Image.Image | np.ndarray[Any, Any] | Tensor | Sequence[Image.Image | np.ndarray[Any, Any]],
+        *,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | None = None,
+        latents: Tensor | None = None,
+        noise: Noise = "gaussian",
+        num_samples: int = 1,
+    ) -> LeafOutput:
+        """Segment images.
+
+        Args:
+            image: a PIL image; an array ``[H, W]`` or ``[H, W, 3]`` in its own integer or float type; a list of such of
+                one size; or a tensor ``[B, 3, H, W]`` in 0..1. Any H and W.
+            num_inference_steps: default: what the model recommends (1).
+            generator: one number is drawn from it and mixed into the noise; without one, the noise depends on the image
+                alone, so that the same image always gives the same mask.
+            latents: starting noise ``[B * num_samples, z, h, w]``, in the order image by image; replaces ``noise``.
+            noise: ``"gaussian"``, keyed per image (a mask never depends on its batch), or ``"zeros"``.
+            num_samples: noise draws an image; their probabilities are averaged.
+
+        Returns:
+            :class:`LeafOutput` on the grid of the given images.
+
+        Raises:
+            DataError: if an image has a shape or range that cannot be read, or a list mixes sizes.
+            ValueError: for an argument out of range.
+        """
+        steps = self.config["num_inference_steps"] if num_inference_steps is None else num_inference_steps
+        limit = int(self.scheduler.config["num_train_timesteps"])
+        if not 1 <= steps <= limit:
+            raise ValueError(f"num_inference_steps is {steps}; it must be 1..{limit}")
+        if num_samples < 1:
+            raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
+        if noise not in ("gaussian", "zeros"):
+            raise ValueError(f"noise is {noise!r}; known are gaussian, zeros")
+
+        # 1. Pixels to the network's grid.
+        images, placement = self._prepare_images(image)  # [B, 3, h, w] in 0..1, float32
+        batch = images.shape[0]
+
+        # 2. Starting noise, float32, keyed per image.
+        z = int(self.unet.config["out_channels"])
+        down = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        shape = (z, images.shape[2] // down, images.shape[3] // down)
+        if latents is None:
+            latent = self._draw_noise(images, shape, noise, num_samples, generator)
+        elif latents.shape != (batch * num_samples, *shape):
+            raise ValueError(f"latents are {list(latents.shape)}; they must be {[batch * num_samples, *shape]}")
+        else:
+            latent = latents.float()
+
+        # 3. Image latent, once an image.
+        device, dtype = self._execution_device, self.unet.dtype
+        code = self.image_encoder((images * 2 - 1).to(device, dtype))
+        image_latent = scale_latent(code, self.vae.config).repeat_interleave(num_samples, 0)
+        latent = latent.to(device) * float(self.scheduler.init_noise_sigma)
+
+        # 4. Reverse steps; one step at t=999 gives the mask latent itself.
+        self.scheduler.set_timesteps(steps, device=device)
+        for timestep in self.scheduler.timesteps:
+            prediction = self.unet.denoise(torch.cat([image_latent, latent.to(dtype)], 1), timestep)
+            latent = self.scheduler.step(prediction.float(), timestep, latent, return_dict=False)[0]
+
+        # 5. Pictures, probabilities, and back to the images' grid.
+        decoded = decode_pictures(self.vae, latent.to(self.vae.dtype)).float()  # [B*S, P*3, h, w]
+        samples = self.mask_code.probability(decoded).reshape(batch, num_samples, -1, *decoded.shape[2:])
+        maps = samples.flatten(0, 1).cpu()
+        restored = self.preprocessor.restore(maps.flatten(0, 1), placement)  # [B*S*C, H, W]
+        restored = restored.reshape(batch, num_samples, -1, *restored.shape[-2:]).clamp(0, 1)
+        probability = restored.mean(1)
+        return LeafOutput(
+            probability=probability,
+            labels=self.mask_code.labels(probability),
+            mask=self.mask_code.mask(probability),
+            spread=restored.std(1, correction=0) if num_samples > 1 else None,
+        )
+
+    def _prepare_images(self, image: Any) -> tuple[Tensor, Any]:
+        if isinstance(image, Tensor):
+            if image.ndim != 4 or image.shape[1] != 3 or not image.is_floating_point():
+                raise DataError(
+                    f"the tensor is {image.dtype} {list(image.shape)}; give floating point [B, 3, H, W] in 0..1"
+                )
+            images = image.float()
+            low, high = (float(v) for v in images.aminmax()) if images.numel() else (0.0, 0.0)
+            if not (low >= -1e-3 and high <= 1 + 1e-3):
+                raise DataError(f"the tensor's values run from {low:.3g} to {high:.3g}; give values in 0..1")
+            return self.preprocessor.resize_tensor(images.cpu())
+        items = list(image) if isinstance(image, list | tuple) else [image]
+        if not items:
+            raise DataError("the list of images is empty; give at least one image")
+        units = [self.preprocessor.intensity_to_unit(_pixels(item)) for item in items]
+        sizes = {tuple(unit.shape[1:]) for unit in units}
+        if len(sizes) > 1:
+            raise DataError(f"the images have sizes {sorted(sizes)}; one call takes images of one size")
+        return self.preprocessor.resize_tensor(torch.stack(units))
+
+    def _draw_noise(
+        self,
+        images: Tensor,
+        shape: tuple[int, ...],
+        noise: Noise,
+        num_samples: int,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        total = images.shape[0] * num_samples
+        if noise == "zeros":
+            return torch.zeros(total, *shape)
+        seed = 0
+        if generator is not None:
+            seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+        draws = []
+        for one in images:
+            # 8-bit steps, so that the last bit of a resampling kernel cannot change the noise.
+            content = (one * 255).round().to(torch.uint8).contiguous().numpy().tobytes()
+            position = rng.content_position(hashlib.sha256(content).hexdigest())
+            draws += [rng.normal(seed, f"inference-noise-{k}", position, shape) for k in range(num_samples)]
+        return torch.from_numpy(np.stack(draws))
+
+
+def _pixels(item: Any) -> np.ndarray[Any, Any]:
+    if isinstance(item, Image.Image):
+        if item.mode not in ("L", "RGB", "I;16", "I", "F"):
+            item = item.convert("RGB")
+        return np.asarray(item)
+    if isinstance(item, np.ndarray):
+        return item
+    raise DataError(f"the image is a {type(item).__name__}; give a PIL image, an array, or a tensor [B, 3, H, W]")
+
+
+def _check_folder(folder: Path) -> None:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise CheckpointError(
+            f"{folder}: no model_index.json; a model is a run, or a folder that save_pretrained wrote"
+        )
+    try:
+        content = json.loads(index.read_text())
+        version = int(content.get("format_version", FORMAT_VERSION))
+        named = {key: tuple(value) for key, value in content.items() if key in _ALLOWED_CLASSES}
+        extra = [k for k, v in content.items() if k not in _ALLOWED_CLASSES and not k.startswith("_") and _is_class(v)]
+        name = content.get("_class_name")
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(
+            f"{index}: not a readable model index ({_first_line(error)}); copy the model again"
+        ) from error
+    if name != "LeafPipeline":
+        raise CheckpointError(f"{index}: the model is a {name}; leafseg loads LeafPipeline folders")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{index}: format version {version}; this leafseg reads up to {FORMAT_VERSION}: upgrade it"
+        )
+    for key, allowed in _ALLOWED_CLASSES.items():
+        if named.get(key) not in allowed:
+            wanted = " or ".join(".".join(pair) for pair in sorted(allowed))
+            got = ".".join(map(str, named[key])) if key in named else "missing"
+            raise CheckpointError(f"{index}: component {key} is {got}; only {wanted} is loaded")
+    if extra:
+        raise CheckpointError(
+            f"{index}: unknown components {', '.join(extra)}; only {', '.join(_ALLOWED_CLASSES)} are loaded"
+        )
+    for key in ("unet", "vae", "image_encoder"):
+        if not any((folder / key).glob("*.safetensors")):
+            raise CheckpointError(
+                f"{folder / key}: no safetensors weights; leafseg never unpickles a model: convert it first"
+            )
+
+
+def _is_class(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(item, str | None) for item in value)
+
+
+def _download_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+    return {name: kwargs.pop(name) for name in names if name in kwargs}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,71 @@
+"""Where things lie in a run folder, and which model a name means. No torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from leafseg.errors import CheckpointError
+
+RUN_FILE = "run.json"
+SPLIT_FILE = "split.csv"
+PIPELINE_FOLDER = "pipeline"
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def step_of(path: Path) -> int | None:
+    """The step of a complete checkpoint's folder; None for anything else."""
+    match = _NAME.fullmatch(path.name)
+    return int(match.group(1)) if match else None
+
+
+def checkpoint_steps(run: Path) -> list[int]:
+    """Steps of the complete checkpoints of a run, ascending."""
+    folder = run / "checkpoints"
+    steps = [step_of(path) for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(step for step in steps if step is not None)
+
+
+def best_checkpoint(run: Path) -> Path:
+    """The checkpoint with the best validation score, as the last one remembers it; without one, the last.
+
+    Raises:
+        CheckpointError: if the run has no complete checkpoint.
+    """
+    steps = checkpoint_steps(run)
+    if not steps:
+        raise CheckpointError(f"{run}: the run has no checkpoint yet; train it first")
+    last = checkpoint_folder(run, steps[-1])
+    try:
+        best = json.loads((last / "trainer" / "state.json").read_text()).get("best_step")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{last}: the checkpoint's state.json is damaged; remove this folder") from error
+    return checkpoint_folder(run, best) if best in steps else last
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / RUN_FILE).is_file()
+
+
+def resolve_model(model: str) -> str:
+    """The pipeline folder (or hub id, unchanged) that a name means.
+
+    Args:
+        model: a run (its best checkpoint is taken), a checkpoint folder, a pipeline folder, or a hub id.
+
+    Raises:
+        CheckpointError: if a folder is none of these.
+    """
+    folder = Path(model)
+    if not folder.exists():
+        return model  # a hub id, or a typing error that the loader explains
+    if is_run(folder):
+        return str(best_checkpoint(folder) / PIPELINE_FOLDER)
+    if (folder / PIPELINE_FOLDER).is_dir():
+        return str(folder / PIPELINE_FOLDER)
+    return model

@@ -1,0 +1,1 @@
+"""One training loop, the tasks it runs, and the checkpoints it writes."""

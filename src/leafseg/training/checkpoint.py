@@ -1,0 +1,145 @@
+"""Checkpoints on disk: written beside, fsynced, renamed. A kill at any moment leaves the previous one whole.
+
+``RUN/checkpoints/step-000500/`` holds the inference folder (EMA weights) and ``trainer/`` (raw weights, EMA, optimizer,
+state). A folder under its final name is complete by construction; anything else is a leftover and is removed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from leafseg.errors import CheckpointError
+from leafseg.runs import checkpoint_folder, step_of
+
+FORMAT_VERSION = 1
+_PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """Everything besides weights that a continued training needs; the data position follows from the step."""
+
+    step: int
+    total_steps: int
+    best_step: int | None
+    best_score: float | None
+    ema_step: int
+    format_version: int = FORMAT_VERSION
+
+
+def save_checkpoint(
+    run: Path,
+    *,
+    state: TrainerState,
+    weights: dict[str, Tensor],
+    ema: list[Tensor],
+    optimizer: dict[str, Any],
+    scaler: dict[str, Any] | None,
+    write_inference: Callable[[Path], None],
+) -> Path:
+    """Write one checkpoint; on any failure nothing of it remains.
+
+    Raises:
+        CheckpointError: if the disk is full or the folder cannot be written.
+    """
+    final = checkpoint_folder(run, state.step)
+    partial = final.with_name(final.name + _PARTIAL)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        trainer = partial / "trainer"
+        trainer.mkdir(parents=True)
+        write_inference(partial)
+        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, trainer / "weights.safetensors")
+        names = list(weights)
+        save_file({f"{i:05d}": v.detach().cpu().contiguous() for i, v in enumerate(ema)}, trainer / "ema.safetensors")
+        torch.save({"optimizer": optimizer, "scaler": scaler, "names": names}, trainer / "optimizer.pt")
+        (trainer / "state.json").write_text(json.dumps(asdict(state), indent=1))
+        for path in sorted(partial.rglob("*"), reverse=True):
+            _fsync(path)
+        _fsync(partial)
+        if final.exists():  # a resumed run that saves the same step again
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        _fsync(final.parent)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"{final}: the checkpoint cannot be written ({_reason(error)}); free space or choose another --out, then "
+            "continue with --resume auto"
+        ) from error
+    return final
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    state: TrainerState
+    weights: dict[str, Tensor]
+    ema: list[Tensor]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any] | None
+
+
+def load_checkpoint(folder: Path) -> LoadedCheckpoint:
+    """Read a training checkpoint; nothing is unpickled but tensors and plain values.
+
+    Raises:
+        CheckpointError: if a file is missing, damaged or of a newer format.
+    """
+    trainer = folder / "trainer"
+    try:
+        values = json.loads((trainer / "state.json").read_text())
+        if values.get("format_version", 0) > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{folder}: checkpoint format {values['format_version']}; this leafseg reads up to {FORMAT_VERSION}: upgrade it"
+            )
+        state = TrainerState(**values)
+        weights = load_file(trainer / "weights.safetensors")
+        stored = load_file(trainer / "ema.safetensors")
+        other = torch.load(trainer / "optimizer.pt", map_location="cpu", weights_only=True)
+        return LoadedCheckpoint(
+            state=state,
+            weights=weights,
+            ema=[stored[name] for name in sorted(stored)],
+            optimizer=other["optimizer"],
+            scaler=other["scaler"],
+        )
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch.load raises many kinds on a damaged file; all mean the same to the user
+        raise CheckpointError(
+            f"{folder}: the checkpoint is damaged ({_reason(error)}); remove this folder to continue from the one before"
+        ) from error
+
+
+def remove_other_checkpoints(run: Path, keep: set[int]) -> None:
+    """Keep the named steps; remove all others, and leftovers of interrupted saves."""
+    folder = run / "checkpoints"
+    for path in folder.iterdir() if folder.is_dir() else ():
+        step = step_of(path)
+        if (step is not None and step not in keep) or path.name.endswith(_PARTIAL):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error) or type(error).__name__).splitlines()[0]

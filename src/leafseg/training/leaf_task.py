@@ -1,0 +1,289 @@
+"""Training of LEAF: the denoising objective, the alignment, and what a one-step model needs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from leafseg import rng
+from leafseg.config import Settings
+from leafseg.data.dataset import SegmentationDataset
+from leafseg.data.manifest import Manifest
+from leafseg.data.transforms import Preprocessor, augment_grid, unpack_augmentation
+from leafseg.errors import CheckpointError, DataError
+from leafseg.evaluation.evaluate import evaluate_samples, selection_score
+from leafseg.model.autoencoder import decode_pictures, encode_pictures, scale_latent
+from leafseg.model.build import build_components, build_projector, tap_grid
+from leafseg.model.feature_cache import FeatureCache, cached_tokens
+from leafseg.model.image_encoder import ImageEncoder
+from leafseg.model.projector import Projector
+from leafseg.model.teachers import Teacher, load_teacher
+from leafseg.model.unet import MaskUNet
+from leafseg.objective import (
+    add_noise,
+    alignment_loss,
+    latent_loss,
+    pixel_loss,
+    predicted_sample,
+    prediction_target,
+    terminal_positions,
+)
+from leafseg.pipeline import LeafPipeline
+from leafseg.predict import PipelineSegmenter
+from leafseg.progress import progress_bar
+from leafseg.runs import PIPELINE_FOLDER
+from leafseg.training.precision import resolve_precision
+from leafseg.training.task import Autocast, Validation
+
+_PREFILL_BATCH = 16
+
+
+class LeafTrainable(nn.Module):
+    """Everything that LEAF trains: image encoder, U-Net, and the projector (None without alignment)."""
+
+    def __init__(
+        self, image_encoder: ImageEncoder, unet: MaskUNet, projector: Projector | None, *, tap: int, vae_config: Any
+    ) -> None:
+        super().__init__()
+        self.image_encoder, self.unet, self.projector = image_encoder, unet, projector
+        self._tap, self._vae_config = tap, vae_config
+
+    def forward(self, images: Tensor, noisy_latent: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Prediction ``[B, z, h, w]`` and projected tokens ``[B, N, D]`` of images ``[B, 3, H, W]`` in -1..1."""
+        image_latent = scale_latent(self.image_encoder(images), self._vae_config)
+        sample = torch.cat([image_latent, noisy_latent.to(image_latent.dtype)], 1)  # image first
+        if self.projector is None:
+            return self.unet.denoise(sample, timesteps), None
+        prediction, tap = self.unet.denoise_with_tap(sample, timesteps, tap_block=self._tap)
+        return prediction, self.projector(tap)
+
+
+class LeafTask:
+    """LEAF as the trainer sees it.
+
+    Args:
+        settings: the whole run's settings.
+        manifest: all samples; the train part is learned, the validation part chooses the checkpoint, the test part is
+            never touched.
+        init_from: a pipeline whose weights are the start (fine-tuning).
+
+    Raises:
+        DataError: if a part that is needed has no samples.
+        ConfigError, CheckpointError: if the model cannot be built, or ``init_from`` has another shape.
+    """
+
+    kind = "leaf"
+    pipeline_folder = PIPELINE_FOLDER
+
+    def __init__(self, settings: Settings, manifest: Manifest, *, init_from: LeafPipeline | None = None) -> None:
+        self.settings = settings
+        self._train, self._validation = manifest.part("train"), manifest.part("validation")
+        needed = {"train": self._train, **({"validation": self._validation} if settings.training.validations else {})}
+        for name, part in needed.items():
+            if not len(part):
+                raise DataError(
+                    f"{manifest.root}: no sample falls into the {name} part ({len(manifest)} in all); add images, or give "
+                    "a split file with --split"
+                )
+        # Seeded here, so that the same settings start from the same weights in every process.
+        torch.manual_seed(rng.torch_seed(settings.training.seed, "initial-weights", 0))
+        self.parts = build_components(settings, label_names=manifest.label_map.names)
+        self.preprocessor = Preprocessor(settings.data.preprocessing)
+        self.dataset = SegmentationDataset(
+            self._train,
+            self.preprocessor,
+            augmentation=settings.data.augmentation,
+            seed=settings.training.seed,
+            cache_mb=settings.data.cache_mb,
+        )
+        if init_from is not None:
+            self._start_from(init_from)
+        self._grid = tap_grid(settings)
+        self.teacher: Teacher | None = None
+        projector = None
+        if settings.objective.alignment_weight > 0 and settings.teacher.name != "none":
+            half = resolve_precision(settings.training.precision) == "bf16"
+            self.teacher = load_teacher(settings.teacher.name, precision="bf16" if half else "fp32")
+            torch.manual_seed(rng.torch_seed(settings.training.seed, "initial-projector", 0))
+            projector = build_projector(settings, teacher_dim=self.teacher.embed_dim)
+        self.module: nn.Module = LeafTrainable(
+            self.parts.image_encoder,
+            self.parts.unet,
+            projector,
+            tap=settings.objective.alignment_tap,
+            vae_config=self.parts.autoencoder.config,
+        )
+        self._alpha_bar = self.parts.scheduler.alphas_cumprod
+        self._cache: FeatureCache | None = None
+        self._autocast: Autocast | None = None
+        self._device = torch.device("cpu")
+
+    def record(self) -> dict[str, Any]:
+        """Plain values that say what this training is made of."""
+        return {
+            "settings": self.settings.model_dump(mode="json"),
+            "teacher": self.teacher.name if self.teacher is not None else None,
+            "label_names": list(self.parts.mask_code.label_names),
+        }
+
+    def prepare(self, device: torch.device, autocast: Autocast, run: Path) -> None:
+        self._device, self._autocast = device, autocast
+        self._alpha_bar = self._alpha_bar.to(device)
+        self.parts.autoencoder.to(device, memory_format=torch.channels_last)
+        if self.teacher is None:
+            return
+        self.teacher.to(device)
+        if self.settings.teacher.features == "cached":
+            teacher = self.settings.teacher
+            self._cache = FeatureCache(
+                Path(teacher.cache_dir) if teacher.cache_dir else run / "features",
+                teacher_fingerprint=self.teacher.fingerprint,
+                grid=self._grid,
+                embed_dim=self.teacher.embed_dim,
+                max_mb=teacher.cache_mb,
+            )
+            self._fill_cache()
+
+    def _feature_key(self, index: int) -> str:
+        """Content and everything that decides what the teacher sees of it; augmentation is applied to the features."""
+        preprocessing = hashlib.sha256(self.settings.data.preprocessing.model_dump_json().encode()).hexdigest()[:16]
+        return f"{self._train.samples[index].sha256} {preprocessing}"
+
+    def _fill_cache(self) -> None:
+        if self.teacher is None or self._cache is None:
+            return
+        missing = [i for i in range(len(self._train)) if self._cache.get(self._feature_key(i)) is None]
+        plain = self._plain_training()
+        with progress_bar("teacher features", total=len(missing)) as bar:
+            for start in range(0, len(missing), _PREFILL_BATCH):
+                chunk = missing[start : start + _PREFILL_BATCH]
+                images = torch.stack([plain[0, i]["image"] for i in chunk]).to(self._device)
+                keys = [self._feature_key(i) for i in chunk]
+                cached_tokens(self.teacher, self._cache, keys, images, self._grid)
+                bar.advance(count=len(chunk))
+
+    def _plain_training(self) -> SegmentationDataset:
+        """The training samples without augmentation."""
+        return SegmentationDataset(self._train, self.preprocessor, augmentation=None, seed=0, cache_mb=0)
+
+    def loss(self, forward: nn.Module, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+        goal = self.settings.objective
+        images = (batch["image"] * 2 - 1).to(memory_format=torch.channels_last)
+        with torch.no_grad(), self._autocasting():
+            mask_latent = encode_pictures(self.parts.autoencoder, self.parts.mask_code.encode(batch["labels"])).float()
+        noise, timesteps, terminal = self._draw(batch["position"], mask_latent.shape[1:], seed)
+
+        alpha_bar = self._alpha_bar[timesteps]
+        noisy = add_noise(mask_latent, noise, alpha_bar)
+        # A noised mask at the last timestep still holds a trace of the mask; inference starts from noise alone.
+        noisy = torch.where(terminal[:, None, None, None], noise, noisy)
+        prediction, tokens = forward(images, noisy, timesteps)
+        prediction = prediction.float()
+        target = prediction_target(mask_latent, noise, alpha_bar, goal.prediction_type)
+        parts = {"prediction": latent_loss(prediction, target)}
+        loss = parts["prediction"]
+        if tokens is not None:
+            parts["alignment"] = alignment_loss(tokens.float(), self._teacher_tokens(batch))
+            loss = loss + goal.alignment_weight * parts["alignment"]
+        if goal.pixel_weight > 0:
+            parts["pixel"] = prediction.new_zeros(())
+            if terminal.any():
+                sample = predicted_sample(prediction, noisy, alpha_bar, goal.prediction_type)[terminal]
+                with self._autocasting():
+                    decoded = decode_pictures(self.parts.autoencoder, sample)
+                logits = self.parts.mask_code.logits(decoded.float())
+                part = pixel_loss(logits, batch["labels"][terminal], exclusive=self.parts.mask_code.exclusive)
+                parts["pixel"] = part * terminal.float().mean()  # a mean over the batch, whatever share is terminal
+            loss = loss + goal.pixel_weight * parts["pixel"]
+        return {"loss": loss, **parts}
+
+    def _draw(self, positions: Tensor, shape: torch.Size, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise ``[B, z, h, w]``, timesteps ``[B]`` and which samples are terminal ``[B]``, keyed by position."""
+        last = self.settings.scheduler.num_train_timesteps - 1
+        noise, uniforms = [], []
+        for position in positions.tolist():
+            draws = rng.generator(seed, "diffusion", position)
+            uniforms.append(draws.random(2))
+            noise.append(draws.standard_normal(tuple(shape), dtype=np.float32))
+        pairs = torch.from_numpy(np.stack(uniforms))
+        terminal = terminal_positions(pairs[:, 0], self.settings.objective.terminal_fraction)
+        timesteps = torch.where(terminal, last, (pairs[:, 1] * (last + 1)).long())
+        return torch.from_numpy(np.stack(noise)).to(self._device), timesteps.to(self._device), terminal.to(self._device)
+
+    def _teacher_tokens(self, batch: dict[str, Tensor]) -> Tensor:
+        if self.teacher is None:
+            raise RuntimeError("alignment without a teacher")
+        if self._cache is None:
+            return self.teacher.tokens(batch["image"], self._grid)
+        keys = [self._feature_key(i) for i in batch["index"].tolist()]
+        stored = [self._cache.get(key) for key in keys]
+        if any(tokens is None for tokens in stored):  # the cache was full or a file was damaged
+            plain = self._plain_training()
+            images = torch.stack([plain[0, i]["image"] for i in batch["index"].tolist()]).to(self._device)
+            stored = list(cached_tokens(self.teacher, self._cache, keys, images, self._grid))
+        size = self.settings.data.preprocessing.size
+        moved = []
+        for tokens, vector in zip(stored, batch["augmentation"], strict=True):
+            if tokens is None:
+                raise RuntimeError("tokens were computed above")
+            grid = tokens.T.reshape(-1, *self._grid)  # [D, gh, gw]
+            moved.append(augment_grid(grid, unpack_augmentation(vector.cpu()), image_size=size).flatten(1).T)
+        return torch.stack(moved).to(self._device)
+
+    def pipeline(self) -> LeafPipeline:
+        """The inference model over the modules as they are now; nothing is copied."""
+        return LeafPipeline(
+            unet=self.parts.unet,
+            vae=self.parts.autoencoder,
+            image_encoder=self.parts.image_encoder,
+            scheduler=self.parts.scheduler,
+            preprocessing=self.settings.data.preprocessing.model_dump(mode="json"),
+            mask_code={"name": self.parts.mask_code.name, "label_names": list(self.parts.mask_code.label_names)},
+            num_inference_steps=self.settings.inference.num_inference_steps,
+        )
+
+    def validate(self, limit: int, rank: int, world_size: int) -> list[Mapping[str, Any]]:
+        """Dice and IoU at original resolution, of the same evenly spaced samples every time."""
+        count = min(limit, len(self._validation))
+        chosen = [self._validation.samples[i * len(self._validation) // count] for i in range(count)][rank::world_size]
+        segmenter = PipelineSegmenter(self.pipeline(), autocast=self._autocast)
+        return [row.as_dict() for row in evaluate_samples(segmenter, chosen, self._validation.label_map)]
+
+    def summarise(self, rows: list[Mapping[str, Any]]) -> Validation:
+        dice = [row["dice"] for row in rows if row["dice"] is not None]
+        empty = [float(row["predicted_pixels"] > 0) for row in rows if row["empty"]]
+        metrics = {"dice": float(np.mean(dice)) if dice else 0.0}
+        if empty:
+            metrics["false_positive_rate"] = float(np.mean(empty))
+        return Validation(score=selection_score(rows), metrics=metrics)
+
+    def save_inference(self, folder: Path) -> None:
+        self.pipeline().save_pretrained(folder, safe_serialization=True)
+
+    def _start_from(self, source: LeafPipeline) -> None:
+        for name, mine, theirs in (
+            ("U-Net", self.parts.unet, source.unet),
+            ("image encoder", self.parts.image_encoder, source.image_encoder),
+            ("autoencoder", self.parts.autoencoder, source.vae),
+        ):
+            try:
+                mine.load_state_dict(theirs.state_dict())
+            except RuntimeError as error:
+                raise CheckpointError(
+                    f"--init-from: its {name} has another shape than preset {self.settings.preset} builds "
+                    f"({str(error).splitlines()[-1].strip()}); start from a model of the same preset"
+                ) from error
+        self.parts.autoencoder.register_to_config(
+            **{k: source.vae.config[k] for k in ("latents_mean", "latents_std", "scaling_factor")}
+        )
+
+    def _autocasting(self) -> Any:
+        if self._autocast is None:
+            raise RuntimeError("prepare() was not called")
+        return self._autocast()

@@ -1,0 +1,82 @@
+"""One LEAF training from settings and data: what ``leafseg train`` and the demo run."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+from leafseg.config import Settings
+from leafseg.data.manifest import load_manifest, save_split
+from leafseg.errors import ConfigError
+from leafseg.pipeline import LeafPipeline
+from leafseg.predict import out_is_usable
+from leafseg.progress import progress_bar
+from leafseg.runs import SPLIT_FILE, checkpoint_steps, is_run, resolve_model
+from leafseg.training.leaf_task import LeafTask
+from leafseg.training.trainer import TrainingResult
+from leafseg.training.trainer import train as run_loop
+
+
+def run_training(
+    settings: Settings,
+    data: Path,
+    out: Path,
+    *,
+    split_file: Path | None = None,
+    resume: bool = False,
+    init_from: str | None = None,
+    stop_after: int | None = None,
+) -> TrainingResult:
+    """Manifest, split, task, loop.
+
+    Args:
+        settings: everything that the training is made of.
+        data: folder with ``images/`` and ``masks/``, or a CSV manifest.
+        out: the run's folder.
+        split_file: a stored split; default: the run's own when resuming, else the data's.
+        resume: continue the run if it has begun.
+        init_from: start from this model's weights (fine-tuning).
+        stop_after: save and stop after this step.
+
+    Raises:
+        LeafsegError: in one sentence, for anything that the user can mend.
+    """
+    if is_run(out):
+        if not resume:
+            raise ConfigError(
+                f"{out}: already holds a training; continue it with --resume auto or choose another --out"
+            )
+        if split_file is None and (out / SPLIT_FILE).is_file():
+            split_file = out / SPLIT_FILE  # the run's own: files added since stay out
+    out_is_usable(out)
+    with progress_bar("reading data", total=1) as bar:
+        manifest = load_manifest(data, settings=settings.data, split_file=split_file)
+        bar.advance()
+
+    begun = bool(checkpoint_steps(out))
+    start = LeafPipeline.from_pretrained(resolve_model(init_from)) if init_from and not begun else None
+    task = LeafTask(settings, manifest, init_from=start)
+    if int(os.environ.get("RANK", "0")) == 0:
+        save_split(manifest, out / SPLIT_FILE)
+    record = {
+        **task.record(),
+        "init_from": init_from,
+        "split_sha256": manifest.split_sha256,
+        "samples": {name: len(manifest.part(name)) for name in ("train", "validation", "test")},
+        "versions": library_versions(),
+    }
+    return run_loop(
+        task,
+        settings.training,
+        out,
+        record=record,
+        workers=settings.data.workers,
+        resume=resume,
+        stop_after=stop_after,
+    )
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what decides a training's numbers."""
+    return {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate", "numpy")}

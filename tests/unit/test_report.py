@@ -1,0 +1,200 @@
+"""The report: one file that holds everything, and shows what the evaluation says."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from leafseg.config import DataSettings
+from leafseg.data.images import write_png
+from leafseg.data.manifest import load_manifest
+from leafseg.errors import DataError
+from leafseg.evaluation.evaluate import Evaluation, EvaluationRow, evaluate, summarise
+from leafseg.evaluation.report import Example, find_examples, rank_images, write_report
+from leafseg.predict import Segmentation
+
+pytest.importorskip("matplotlib")
+
+EVIL = "<script>alert(1)</script> & $x_1$"
+
+
+def row(name: str, dice: float | None, label: str = "foreground") -> EvaluationRow:
+    iou = None if dice is None else dice / (2 - dice)
+    return EvaluationRow(name, label, name, dice is None, dice, iou, 0 if dice is None else 10, 10)
+
+
+def evaluation(rows: list[EvaluationRow]) -> Evaluation:
+    return Evaluation(tuple(rows), summarise(rows))
+
+
+def metrics() -> list[dict[str, float]]:
+    lines: list[dict[str, float]] = []
+    for step in range(10, 101, 10):
+        train = {"loss": 1 / step, "alignment": -step / 100, "learning_rate": 1e-4, "samples_per_second": 8.0}
+        lines.append({"step": step, **{f"train/{k}": v for k, v in train.items()}})
+        if step % 50 == 0:
+            lines.append({"step": step, "validation/dice": step / 200, "validation/score": step / 200})
+    return lines
+
+
+def write(path: Path, rows: list[EvaluationRow], **options: object) -> str:
+    values = {"title": "A title", "notice": "A notice.", "evaluation": evaluation(rows), **options}
+    write_report(path, **values)  # type: ignore[arg-type]
+    return path.read_text(encoding="utf-8")
+
+
+def example(name: str) -> Example:
+    image = np.random.default_rng(0).integers(0, 256, (20, 30)).astype(np.uint8)
+    truth = np.zeros((20, 30), np.uint8)
+    truth[5:15, 5:15] = 1
+    return Example("best", name, 0.5, image, truth, truth)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    record = {
+        "settings": {"training": {"batch_size": 4, "seed": 3}, "teacher": {"name": EVIL}},
+        "samples": {"train": 60, "test": 20},
+        "split_sha256": "ab" * 32,
+        "versions": {"torch": "9.8.7"},
+        "teacher": EVIL,
+    }
+    rows = [row("a", 0.8), row("b", 0.9), row(EVIL, 0.7, EVIL), row("d", None)]
+    return write(
+        tmp_path_factory.mktemp("report") / "report.html",
+        rows,
+        title=EVIL,
+        notice=EVIL,
+        metrics=metrics(),
+        record=record,
+        examples=[example(EVIL)],
+        examples_note=EVIL,
+        facts={EVIL: EVIL},
+        command=f"leafseg {EVIL}",
+    )
+
+
+def test_the_page_needs_nothing_from_outside(page: str) -> None:
+    assert not re.search(r"https?://", page)
+    sources = re.findall(r"(?:src|href|srcset)=\"([^\"]*)\"", page)
+    assert sources
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "<script" not in page
+    assert "<link" not in page
+    assert "url(" not in page
+    assert "@import" not in page
+
+
+def test_names_from_data_and_settings_are_escaped(page: str) -> None:
+    assert "alert(1)" in page
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; $x_1$" in page
+
+
+def test_the_page_holds_figures_hash_versions_settings_command_and_the_warning(page: str) -> None:
+    assert "0.850" in page  # mean of 0.8 and 0.9
+    assert "ab" * 32 in page
+    assert "torch 9.8.7" in page
+    assert "training.seed=3" in page
+    assert "60 train, 20 test" in page
+    assert "Research software; not a medical device." in page
+    assert "95 % percentile bootstrap" in page
+    # 100 steps of 4 samples at 8 a second
+    assert "50 s" in page
+
+
+def test_the_pictures_are_whole_and_small_images_are_enlarged(page: str) -> None:
+    # Two histograms, two loss parts and the validation Dice, for a light and a dark page each; three panels.
+    found = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)
+    assert len(found) == 2 * (2 + 2 + 1) + 3
+    sizes = []
+    for data in found:
+        with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
+            picture.load()
+            sizes.append(picture.size)
+    # 30 pixels wide, enlarged by the smallest whole factor that gives 400: 14.
+    assert sizes.count((420, 280)) == 3
+
+
+def test_best_median_and_worst_follow_dice() -> None:
+    rows = [row("a", 0.5), row("b", 0.9), row("c", 0.1), row("d", 0.7), row("e", 0.6), row("empty", None)]
+
+    assert rank_images(rows) == [("best", "b", 0.9), ("median", "e", 0.6), ("worst", "c", 0.1)]
+
+
+def test_an_image_ranks_by_the_mean_over_its_measurable_classes() -> None:
+    rows = [row("a", 0.2, "x"), row("a", 1.0, "y"), row("b", 0.7, "x"), row("b", None, "y"), row("c", 0.1, "x")]
+
+    assert [(rank, name) for rank, name, _ in rank_images(rows)] == [("best", "b"), ("median", "a"), ("worst", "c")]
+
+
+@pytest.mark.parametrize(
+    ("dice", "expected"),
+    [([], []), ([None], []), ([0.5], [("best", "0")]), ([0.5, 0.5], [("best", "1"), ("worst", "0")])],
+)
+def test_few_images_give_fewer_ranks_and_none_twice(dice: list[float | None], expected: list[tuple[str, str]]) -> None:
+    found = rank_images([row(str(i), value) for i, value in enumerate(dice)])
+
+    assert [(rank, name) for rank, name, _ in found] == expected
+
+
+def test_a_report_of_empty_masks_without_training_is_written(tmp_path: Path) -> None:
+    text = write(tmp_path / "report.html", [row("a", None), row("b", None)])
+
+    assert "Training" not in text
+    assert "Examples" not in text
+    assert "data:image" not in text
+
+
+def test_equal_dice_everywhere_is_drawn(tmp_path: Path) -> None:
+    for dice in (0.0, 0.3, 1.0):
+        assert f"{dice:.3f}" in write(tmp_path / "report.html", [row("a", dice), row("b", dice)])
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+
+    with pytest.raises(DataError, match="cannot be written"):
+        write(tmp_path / "file" / "report.html", [row("a", 0.5)])
+
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+class LeftHalf:
+    """Says that every image's left half is foreground."""
+
+    label_names = ("background", "foreground")
+
+    def segment(self, images: list[np.ndarray]) -> list[Segmentation]:
+        labels = [np.zeros(image.shape[:2], np.uint8) for image in images]
+        for mask in labels:
+            mask[:, : mask.shape[1] // 2] = 1
+        return [Segmentation(mask[None].astype(np.float32), mask) for mask in labels]
+
+
+def test_examples_hold_the_pixels_of_the_images_they_name(tmp_path: Path) -> None:
+    for index, columns in enumerate((2, 4, 8)):  # of 8; the prediction is 4: Dice 4/6, 1, 8/12
+        write_png(tmp_path / "images" / f"{index}.png", np.full((4, 8), 50 + index, np.uint8))
+        mask = np.zeros((4, 8), np.uint8)
+        mask[:, :columns] = 255
+        mask[0, 7] = 0
+        write_png(tmp_path / "masks" / f"{index}.png", mask)
+    manifest = load_manifest(tmp_path, settings=DataSettings())
+
+    found = find_examples(LeftHalf(), manifest, evaluate(LeftHalf(), manifest))
+
+    # Truth 8 of 16 predicted: 2*8/24 = 0.667; 16 of 16: 1; 31 of which 16: 32/47 = 0.681.
+    assert [(e.rank, e.name, round(e.dice, 3)) for e in found] == [
+        ("best", "1", 1.0),
+        ("median", "2", 0.681),
+        ("worst", "0", 0.667),
+    ]
+    assert [int(e.image[0, 0]) for e in found] == [51, 52, 50]
+    assert [int(e.truth.sum()) for e in found] == [16, 31, 8]
+    assert all(e.predicted.sum() == 16 for e in found)
