@@ -14,7 +14,7 @@ STAMP := $(VENV)/.leafseg-stamp
 
 help:
 	@echo 'make setup      create $(VENV) and install leafseg with its demo and development tools'
-	@echo 'make demo       train a small model on made-up images and write a report to demo/  (DEMO_ARGS="--minutes 2")'
+	@echo 'make demo       train a small model on a real MRI, evaluate it, write demo/report.html  (DEMO_ARGS="--minutes 2")'
 	@echo 'make test       fast tests  (PYTEST_ARGS="-k metrics", WORKERS=0 for one process)'
 	@echo 'make test-slow  tests that train'
 	@echo 'make check      formatting, lint, types and import rules'

@@ -40,6 +40,8 @@ _HOMES = {
     "MaskCode": "leafseg.mask_code",
     "MaskUNet": "leafseg.model.unet",
     "Settings": "leafseg.config",
+    # diffusers finds the loading method of a model's class by looking for its base class beside it.
+    "ModelMixin": "diffusers",
     "load_manifest": "leafseg.data.manifest",
     "load_settings": "leafseg.config",
 }

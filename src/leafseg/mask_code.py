@@ -105,8 +105,8 @@ class BinaryMaskCode(MaskCode):
     def __init__(self, label_names: tuple[str, ...] = ("background", "foreground")) -> None:
         if len(label_names) != 2:
             raise ConfigError(
-                f"the masks hold {len(label_names)} classes ({', '.join(label_names)}); the binary mask code writes two: "
-                "choose the foreground, for example --set data.foreground_labels=[1]"
+                f"the masks hold {len(label_names)} classes ({', '.join(label_names)}); the binary mask code writes "
+                "two: choose the foreground, for example --set data.foreground_labels=[1]"
             )
         super().__init__(label_names)
 

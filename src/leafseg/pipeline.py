@@ -20,14 +20,13 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
 from leafseg import rng
 from leafseg.config import Noise, PreprocessingSettings
 from leafseg.data.transforms import Preprocessor
-from leafseg.errors import CheckpointError, DataError
+from leafseg.errors import CheckpointError, ConfigError, DataError
 from leafseg.mask_code import MaskCode, make_mask_code
 from leafseg.model.autoencoder import decode_pictures, scale_latent
 from leafseg.model.image_encoder import ImageEncoder
@@ -145,7 +144,7 @@ class LeafPipeline(DiffusionPipeline):
             raise CheckpointError(
                 f"{name}: neither a folder here nor a reachable hub id ({_first_line(error)}); check the name"
             ) from error
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, ValidationError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, ConfigError) as error:
             raise CheckpointError(
                 f"{name}: the model cannot be loaded ({_first_line(error)}); copy, download or train it again"
             ) from error

@@ -1,7 +1,7 @@
 """Files in, mask files out: segmenters, and the folder loop around them.
 
-A Segmenter is anything that turns pixels into labels on the same grid: a pipeline here; baselines, ensembles and exported
-runtimes elsewhere. Evaluation and prediction take any of them.
+A Segmenter is anything that turns pixels into labels on the same grid: a pipeline here; baselines, ensembles and
+exported runtimes elsewhere. Evaluation and prediction take any of them.
 """
 
 from __future__ import annotations
@@ -292,7 +292,7 @@ def _predict_one(
 
 
 def display_pixels(pixels: NDArray[Any]) -> NDArray[np.uint8]:
-    """An image of any type as 8-bit RGB ``[H, W, 3]`` for looking at: 8-bit as it is, others stretched to their range."""
+    """An image of any type as 8-bit RGB ``[H, W, 3]`` for looking at; other than 8-bit ones are stretched."""
     if pixels.dtype != np.uint8:
         values = np.nan_to_num(pixels.astype(np.float32))
         low, high = np.percentile(values, (0.5, 99.5))

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from leafseg.runs import is_main_process
+
 log = logging.getLogger(__name__)
 
 _LOG_EVERY_SECONDS = 30.0
@@ -39,7 +41,11 @@ class Bar:
 
 @contextmanager
 def progress_bar(name: str, *, total: int, done: int = 0, show: bool = True) -> Iterator[Bar]:
-    """A bar on standard error when that is a terminal; otherwise log lines about every half minute."""
+    """A bar on standard error when that is a terminal; otherwise log lines about every half minute.
+
+    Of several processes only the main one shows it.
+    """
+    show = show and is_main_process()
     console = Console(stderr=True)
     if not (show and console.is_terminal):
         yield Bar(name, total=total, done=done, progress=None, show=show)

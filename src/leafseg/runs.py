@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -46,6 +47,11 @@ def best_checkpoint(run: Path) -> Path:
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{last}: the checkpoint's state.json is damaged; remove this folder") from error
     return checkpoint_folder(run, best) if best in steps else last
+
+
+def is_main_process() -> bool:
+    """Whether this process writes and prints: of those that a launcher (torchrun, accelerate) started, the first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def is_run(folder: Path) -> bool:

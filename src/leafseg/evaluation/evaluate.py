@@ -1,7 +1,7 @@
 """Any segmenter against any manifest, at the images' original resolution.
 
-Rules for empty masks: where the truth is empty no overlap can be measured, so that Dice and IoU are means over the other
-images, and the share of empty images with any predicted pixel (false-positive rate) stands beside them.
+Rules for empty masks: where the truth is empty no overlap can be measured, so that Dice and IoU are means over the
+other images, and the share of empty images with any predicted pixel (false-positive rate) stands beside them.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def evaluate(segmenter: Segmenter, manifest: Manifest, *, seed: int = 0) -> Eval
     if len(segmenter.label_names) != len(manifest.label_map.names):
         raise DataError(
             f"{manifest.root}: the masks hold {len(manifest.label_map.names)} classes, the model knows "
-            f"{len(segmenter.label_names)} ({', '.join(segmenter.label_names)}); evaluate on data of the same classes, or "
-            "choose the foreground with --set data.foreground_labels=[1]"
+            f"{len(segmenter.label_names)} ({', '.join(segmenter.label_names)}); evaluate on data of the same classes, "
+            "or choose the foreground with --set data.foreground_labels=[1]"
         )
     with progress_bar("evaluation", total=len(manifest)) as bar:
         rows = tuple(evaluate_samples(segmenter, manifest.samples, manifest.label_map, bar=bar))

@@ -338,7 +338,7 @@ def _chart(title: str, draw: Callable[[Axes, Mapping[str, str]], None], alt: str
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    width, height, density = (6.4 if wide else 4.0), 2.6, 100
+    width, height, density = (4.8 if wide else 3.2), 2.3, 100
     images = {}
     for name, theme in _THEMES.items():
         figure = Figure(figsize=(width, height), layout="constrained")  # no pyplot: no global state, no display

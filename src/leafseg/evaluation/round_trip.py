@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from leafseg.config import AutoencoderSettings, DataSettings, PreprocessingSettings
+from leafseg.config import DataSettings, PreprocessingSettings
 from leafseg.data.dataset import SegmentationDataset
 from leafseg.data.manifest import load_manifest
 from leafseg.data.transforms import Preprocessor
@@ -26,7 +26,7 @@ AUTOENCODER_FOLDER = "autoencoder"
 
 
 def mask_round_trip_dice(autoencoder: AutoencoderKL, labels: torch.Tensor) -> float:
-    """Dice of binary labels ``[1, H, W]`` with themselves after encoding and decoding; runs under a caller's autocast."""
+    """Dice of binary labels ``[1, H, W]`` with themselves after encoding and decoding."""
     code = BinaryMaskCode()
     with torch.no_grad():
         decoded = autoencoder.decode(autoencoder.encode(code.encode(labels)).latent_dist.mode()).sample

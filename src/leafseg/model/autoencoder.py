@@ -1,4 +1,4 @@
-"""The frozen autoencoder of masks (and the compact one that ships with the package): building, loading, latent scale."""
+"""The frozen autoencoder of masks, the shipped compact one included: building, loading, latent scale."""
 
 from __future__ import annotations
 

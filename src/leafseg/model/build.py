@@ -125,11 +125,16 @@ class ModelFigures:
     gflops: dict[str, float]
 
 
-def model_figures(settings: Settings, *, size: tuple[int, int] | None = None) -> ModelFigures:
+def model_figures(
+    settings: Settings,
+    *,
+    size: tuple[int, int] | None = None,
+    label_names: tuple[str, ...] = ("background", "foreground"),
+) -> ModelFigures:
     """Count without memory or weights: the parts are built on the meta device."""
     height, width = size or settings.data.preprocessing.size
     with torch.device("meta"):
-        parts = build_components(settings, with_weights=False)
+        parts = build_components(settings, label_names=label_names, with_weights=False)
         image = torch.empty(1, 3, height, width)
         down = settings.model.stride // settings.model.unet.stride
         z = settings.model.autoencoder.latent_channels

@@ -13,9 +13,9 @@ from torch import Tensor
 class MaskUNet(UNet2DModel):
     """UNet2DModel whose attention has ``num_attention_heads`` heads at every level, as LDM's U-Net has.
 
-    diffusers fixes the WIDTH of a head, LDM their NUMBER: weights load either way, but only one of them computes what the
-    weights were trained for. The number is therefore part of this class's config, and such a folder must be loaded by
-    this class. All other parameters are UNet2DModel's own, under their own names.
+    diffusers fixes the WIDTH of a head, LDM their NUMBER: weights load either way, but only one of them computes what
+    the weights were trained for. The number is therefore part of this class's config, and such a folder must be loaded
+    by this class. All other parameters are UNet2DModel's own, under their own names.
     """
 
     # A public home that does not move with the source file: it is written into every saved model.

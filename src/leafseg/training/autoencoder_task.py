@@ -18,6 +18,7 @@ from leafseg.config import AugmentationSettings, AutoencoderSettings, Autoencode
 from leafseg.data.dataset import SegmentationDataset
 from leafseg.data.manifest import Manifest
 from leafseg.data.transforms import Preprocessor
+from leafseg.errors import ConfigError, DataError
 from leafseg.evaluation.round_trip import AUTOENCODER_FOLDER, mask_round_trip_dice
 from leafseg.mask_code import BinaryMaskCode
 from leafseg.model.autoencoder import new_autoencoder
@@ -106,6 +107,10 @@ class AutoencoderTask:
 
     The loss is L1 on all pictures, Dice + cross-entropy on masks, and a weighted Kullback-Leibler term that makes the
     sampled latent noisy: the decoder must read latents that a U-Net predicts, which are never exact.
+
+    Raises:
+        DataError: if a data set has no training samples.
+        ConfigError: if crops do not fit, or the shares of sample kinds exceed 1.
     """
 
     kind = "autoencoder"
@@ -115,6 +120,7 @@ class AutoencoderTask:
         self, manifests: Sequence[Manifest], model: AutoencoderSettings, settings: AutoencoderTrainingSettings
     ) -> None:
         self.settings = settings
+        _check(manifests, model, settings)
         # Seeded here, so that the same settings start from the same weights in every process.
         torch.manual_seed(rng.torch_seed(settings.training.seed, "initial-weights", 0))
         self._trainable = _Trainable(new_autoencoder(model))
@@ -224,6 +230,27 @@ class _Trainable(nn.Module):
         latent = distribution.mean + distribution.std * noise
         decoded: Tensor = self.autoencoder.decode(latent, return_dict=False)[0]
         return decoded, distribution.mean, distribution.logvar
+
+
+def _check(
+    manifests: Sequence[Manifest], model: AutoencoderSettings, settings: AutoencoderTrainingSettings
+) -> None:
+    for manifest in manifests:
+        if not len(manifest.part("train")):
+            raise DataError(
+                f"{manifest.root}: no sample falls into the train part ({len(manifest)} in all); add images or leave it out"
+            )
+    stride = 2 ** (len(model.block_out_channels) - 1)
+    side = min(settings.preprocessing.size)
+    problems = []
+    if settings.crop % stride or settings.crop > side:
+        problems.append(f"crop is {settings.crop}; it must be a multiple of {stride}, at most preprocessing.size ({side})")
+    if settings.image_share + settings.synthetic_share > 1:
+        problems.append(
+            f"image_share {settings.image_share} and synthetic_share {settings.synthetic_share} add up to more than 1"
+        )
+    if problems:
+        raise ConfigError("; ".join(problems))
 
 
 def _set_name(manifest: Manifest) -> str:

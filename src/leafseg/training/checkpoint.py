@@ -65,7 +65,10 @@ def save_checkpoint(
         save_file({f"{i:05d}": v.detach().cpu().contiguous() for i, v in enumerate(ema)}, trainer / "ema.safetensors")
         torch.save({"optimizer": optimizer, "scaler": scaler, "names": names}, trainer / "optimizer.pt")
         (trainer / "state.json").write_text(json.dumps(asdict(state), indent=1))
+        mode = (trainer / "state.json").stat().st_mode
         for path in sorted(partial.rglob("*"), reverse=True):
+            if path.is_file():
+                path.chmod(mode)  # safetensors writes files that only their owner may read
             _fsync(path)
         _fsync(partial)
         if final.exists():  # a resumed run that saves the same step again
@@ -101,7 +104,8 @@ def load_checkpoint(folder: Path) -> LoadedCheckpoint:
         values = json.loads((trainer / "state.json").read_text())
         if values.get("format_version", 0) > FORMAT_VERSION:
             raise CheckpointError(
-                f"{folder}: checkpoint format {values['format_version']}; this leafseg reads up to {FORMAT_VERSION}: upgrade it"
+                f"{folder}: checkpoint format {values['format_version']}; this leafseg reads up to {FORMAT_VERSION}: "
+                "upgrade it"
             )
         state = TrainerState(**values)
         weights = load_file(trainer / "weights.safetensors")
@@ -118,7 +122,8 @@ def load_checkpoint(folder: Path) -> LoadedCheckpoint:
         raise
     except Exception as error:  # torch.load raises many kinds on a damaged file; all mean the same to the user
         raise CheckpointError(
-            f"{folder}: the checkpoint is damaged ({_reason(error)}); remove this folder to continue from the one before"
+            f"{folder}: the checkpoint is damaged ({_reason(error)}); remove this folder to continue from the "
+            "one before"
         ) from error
 
 

@@ -88,8 +88,8 @@ class LeafTask:
         for name, part in needed.items():
             if not len(part):
                 raise DataError(
-                    f"{manifest.root}: no sample falls into the {name} part ({len(manifest)} in all); add images, or give "
-                    "a split file with --split"
+                    f"{manifest.root}: no sample falls into the {name} part ({len(manifest)} in all); add images, or "
+                    "give a split file with --split-file"
                 )
         # Seeded here, so that the same settings start from the same weights in every process.
         torch.manual_seed(rng.torch_seed(settings.training.seed, "initial-weights", 0))

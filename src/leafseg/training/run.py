@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from leafseg.errors import ConfigError
 from leafseg.pipeline import LeafPipeline
 from leafseg.predict import out_is_usable
 from leafseg.progress import progress_bar
-from leafseg.runs import SPLIT_FILE, checkpoint_steps, is_run, resolve_model
+from leafseg.runs import SPLIT_FILE, checkpoint_steps, is_main_process, is_run, resolve_model
 from leafseg.training.leaf_task import LeafTask
 from leafseg.training.trainer import TrainingResult
 from leafseg.training.trainer import train as run_loop
@@ -49,7 +48,8 @@ def run_training(
             )
         if split_file is None and (out / SPLIT_FILE).is_file():
             split_file = out / SPLIT_FILE  # the run's own: files added since stay out
-    out_is_usable(out)
+    if is_main_process():
+        out_is_usable(out)
     with progress_bar("reading data", total=1) as bar:
         manifest = load_manifest(data, settings=settings.data, split_file=split_file)
         bar.advance()
@@ -57,7 +57,7 @@ def run_training(
     begun = bool(checkpoint_steps(out))
     start = LeafPipeline.from_pretrained(resolve_model(init_from)) if init_from and not begun else None
     task = LeafTask(settings, manifest, init_from=start)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_main_process():
         save_split(manifest, out / SPLIT_FILE)
     record = {
         **task.record(),

@@ -45,7 +45,7 @@ class TrainingTask(Protocol):
         """Move frozen parts to the device; do work that is done once (feature caches). Called on every process."""
 
     def loss(self, forward: nn.Module, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-        """Loss parts of a micro-batch; ``loss`` is minimised, the others are logged. ``forward`` is the prepared module."""
+        """Loss parts of a micro-batch: ``loss`` is minimised, the rest logged. ``forward`` is the prepared module."""
 
     def validate(self, limit: int, rank: int, world_size: int) -> list[Mapping[str, Any]]:
         """Rows of this process's share of the validation samples, computed with ``module`` as it is now."""

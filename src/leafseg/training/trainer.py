@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ from torch.utils.data import DataLoader
 from leafseg import rng
 from leafseg.config import TrainingSettings
 from leafseg.data.dataset import PositionSampler
-from leafseg.errors import CheckpointError, ConfigError
+from leafseg.errors import CheckpointError, ConfigError, DataError
 from leafseg.files import write_json_atomic
 from leafseg.progress import progress_bar
 from leafseg.runs import RUN_FILE, best_checkpoint, checkpoint_folder, checkpoint_steps
@@ -89,7 +90,9 @@ def train(
         stop_after: save and stop after this step, as a signal would (the schedule keeps the whole budget).
 
     Raises:
-        ConfigError: if the run exists and ``resume`` is False, or was made with other settings.
+        ConfigError: if the run exists and ``resume`` is False, or was made with other settings; if there is no budget, the
+            batch cannot be cut as asked, or the loss stops being a number.
+        DataError: if a sample cannot be read any more, a loading process dies, or the log cannot be written.
         CheckpointError: if a checkpoint is damaged or cannot be written.
     """
     started = time.monotonic()
@@ -100,6 +103,18 @@ def train(
         step_scheduler_with_optimizer=False,
     )
     main = accelerator.is_main_process
+
+    # --- what can be refused is refused before any work is done
+    if settings.steps is None and settings.minutes is None:
+        raise ConfigError("no budget: set --steps or --minutes")
+    local = settings.batch_size // accelerator.num_processes
+    micro = max(1, min(settings.micro_batch_size or local, local))
+    if local * accelerator.num_processes != settings.batch_size or local % micro:
+        raise ConfigError(
+            f"training.batch_size is {settings.batch_size}; it must be a multiple of {accelerator.num_processes} "
+            f"process(es) times training.micro_batch_size {micro}"
+        )
+    micro_steps = local // micro
 
     # --- the run's folder: new, or the same training as before
     run_file = run / RUN_FILE
@@ -137,15 +152,6 @@ def train(
     prepared, optimizer = accelerator.prepare(module, optimizer)
 
     # --- batches: a stream of global sample positions, cut by process and micro-batch
-    local = settings.batch_size // accelerator.num_processes
-    micro = min(settings.micro_batch_size or local, local)
-    if local * accelerator.num_processes != settings.batch_size or local % micro:
-        raise ConfigError(
-            f"training.batch_size is {settings.batch_size}; it must be a multiple of {accelerator.num_processes} "
-            f"process(es) times training.micro_batch_size {micro}"
-        )
-    micro_steps = local // micro
-
     def batches(first_step: int, steps: int) -> Iterator[list[dict[str, torch.Tensor]]]:
         """The micro-batches of each optimizer step."""
         sampler = PositionSampler(
@@ -166,11 +172,14 @@ def train(
             pin_memory=accelerator.device.type == "cuda",
         )
         parts = []
-        for batch in loader:
-            parts.append({k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()})
-            if len(parts) == micro_steps:
-                yield parts
-                parts = []
+        with _loading_errors():
+            with _signals_held_back(bool(workers)):
+                iterator = iter(loader)
+            for batch in iterator:
+                parts.append({k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()})
+                if len(parts) == micro_steps:
+                    yield parts
+                    parts = []
 
     def backward(parts: list[dict[str, torch.Tensor]], at_step: int) -> dict[str, float]:
         """Gradients of one optimizer step; the mean of each loss part over its micro-batches."""
@@ -209,11 +218,9 @@ def train(
         total = settings.steps or int(stored["total_steps"])
     elif settings.steps is not None:
         total = settings.steps
-    elif settings.minutes is not None:
+    else:
         total, calibration = _calibrate(settings, started, batches, backward, validate, optimizer, accelerator)
         record = {**record, "calibration": calibration}
-    else:
-        raise ConfigError("no budget: set --steps or --minutes")
     if main:
         kept = {**(stored["record"] if stored else {}), **record}
         write_json_atomic(run_file, {"kind": task.kind, "total_steps": total, "record": kept})
@@ -248,18 +255,19 @@ def train(
     # --- the loop
     status: Literal["finished", "interrupted", "stopped"] = "finished"
     first_step, loop_started, saved_step = step, time.monotonic(), last
+    end = total if stop_after is None else min(total, stop_after)
     with (
         _signals() as signalled,
         Tracker(run, start_step=step) if main else nullcontext() as tracker,
         progress_bar(task.kind, total=total, done=step, show=main) as bar,
     ):
         since, window = time.monotonic(), 0
-        for parts in batches(step, total - step):
+        for parts in batches(step, max(end - step, 0)):
             rate = learning_rate(settings, step, total, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             losses = backward(parts, step)
-            if not math.isfinite(losses["loss"]):
+            if _agree(accelerator, not math.isfinite(losses["loss"])):
                 raise ConfigError(
                     f"the loss became {losses['loss']} at step {step}; lower training.learning_rate or use "
                     f"training.precision=fp32, then continue from the last checkpoint in {run} with --resume auto"
@@ -271,9 +279,10 @@ def train(
             step += 1
             window += settings.batch_size
             bar.advance(f"loss {losses['loss']:.3f}")
-            stop = step == stop_after or _agree(accelerator, signalled())
+            interrupted = _agree(accelerator, signalled())
+            last_step = interrupted or step == end
             validating = step in validate_at
-            if tracker is not None and (step % 10 == 0 or validating or stop or step == total):
+            if tracker is not None and (step % 10 == 0 or validating or last_step):
                 now = time.monotonic()
                 figures = {f"train/{k}": v for k, v in losses.items()}
                 figures |= {"train/learning_rate": rate, "train/gradient_norm": float(norm)}
@@ -289,14 +298,13 @@ def train(
                 bar.note("validation " + ", ".join(f"{k} {v:.4f}" for k, v in result.metrics.items()))
                 since, window = time.monotonic(), 0
             due = validating if settings.save_every is None else step % settings.save_every == 0
-            if due or validating or stop or step == total:
+            if due or validating or last_step:
                 save()
                 saved_step = step
-            if stop:
-                status = "stopped" if step == stop_after and not signalled() else "interrupted"
+            if interrupted:
                 break
-    if step >= total:
-        status = "finished"
+    if step < total:
+        status = "stopped" if step >= end else "interrupted"
     if saved_step is None:
         save()
     seconds = time.monotonic() - loop_started
@@ -403,12 +411,16 @@ def _read_run(path: Path) -> dict[str, Any] | None:
 # What may change between the parts of one training without changing its numbers.
 _FREE = ("settings.training.steps", "settings.training.minutes", "settings.data.workers", "settings.data.cache_mb",
          "settings.training.save_every", "settings.training.validations", "settings.training.validation_samples",
-         "settings.training.micro_batch_size", "data")  # fmt: skip
+         "settings.training.micro_batch_size", "settings.teacher.cache_dir", "settings.teacher.cache_mb")  # fmt: skip
 
 
 def _same_record(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     before, after = _flat(old), _flat(new)
-    names = sorted(n for n in after if before.get(n) != after[n] and not n.startswith(_FREE) and n != "calibration")
+    names = sorted(n for n in after if before.get(n) != after[n] and n not in _FREE)
+    # An upgrade of a library changes last bits, not the training: no reason to lose a run.
+    for name in [n for n in names if n.startswith("versions.")]:
+        log.warning("%s was %s and is %s now: the rest may differ in last bits", name, before.get(name), after[name])
+        names.remove(name)
     if names:
         changes = ", ".join(f"{n}: {before.get(n)!r} then, {after[n]!r} now" for n in names[:4])
         raise ConfigError(
@@ -427,6 +439,41 @@ def _agree(accelerator: Accelerator, flag: bool) -> bool:
     if accelerator.num_processes == 1:
         return flag
     return bool(accelerator.reduce(torch.tensor(int(flag), device=accelerator.device), "sum") > 0)
+
+
+@contextmanager
+def _loading_errors() -> Iterator[None]:
+    """Errors of loading processes as the one sentence they are; torch wraps a whole traceback around it."""
+    try:
+        yield
+    except DataError as error:
+        if not str(error).startswith("Caught "):
+            raise
+        sentence = str(error).splitlines()[-1].removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")
+        raise DataError(sentence) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a data loading process ended ({str(error).splitlines()[0]}); if memory ran out, lower data.workers or "
+            "data.cache_mb, then continue from the last checkpoint with --resume auto"
+        ) from error
+
+
+@contextmanager
+def _signals_held_back(wanted: bool) -> Iterator[None]:
+    """Processes started inside never see SIGINT and SIGTERM: a Ctrl-C reaches the whole process group, and a loader that
+    dies of it takes the training along before its last checkpoint. Here the signals arrive when the block ends.
+    """
+    if not wanted or not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # when started on demand it would unblock them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -1,0 +1,167 @@
+"""The objective: targets, losses, and what is trained at the last timestep."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from leafseg.objective import (
+    add_noise,
+    alignment_loss,
+    latent_loss,
+    pixel_loss,
+    predicted_sample,
+    prediction_target,
+    terminal_positions,
+)
+
+TYPES = ("sample", "epsilon", "v_prediction")
+
+
+@pytest.mark.parametrize("prediction_type", TYPES)
+@settings(max_examples=15, deadline=None)
+@given(alpha_bar=st.lists(st.floats(1e-3, 0.999), min_size=3, max_size=3), seed=st.integers(0, 2**31))
+def test_a_perfect_prediction_of_any_type_gives_back_the_clean_latent(
+    prediction_type: str, alpha_bar: list[float], seed: int
+) -> None:
+    sample, noise = torch.randn(2, 3, 4, 2, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    abar = torch.tensor(alpha_bar, dtype=torch.float64)
+    target = prediction_target(sample, noise, abar, prediction_type)
+    found = predicted_sample(target, add_noise(sample, noise, abar), abar, prediction_type)
+    torch.testing.assert_close(found, sample, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("alpha_bar", [1e-4, 0.36, 0.9999])
+def test_noise_and_velocity_are_the_rotation_of_clean_latent_and_noise(alpha_bar: float) -> None:
+    sample, noise = torch.full((1, 1, 1, 1), 3.0), torch.full((1, 1, 1, 1), -2.0)
+    abar = torch.tensor([alpha_bar])
+    cos, sin = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+    assert add_noise(sample, noise, abar).item() == pytest.approx(3 * cos - 2 * sin, rel=1e-5)
+    assert prediction_target(sample, noise, abar, "v_prediction").item() == pytest.approx(-2 * cos - 3 * sin, rel=1e-5)
+
+
+def test_each_sample_is_noised_with_its_own_alpha_bar() -> None:
+    sample, noise = torch.ones(3, 2, 2, 2), torch.zeros(3, 2, 2, 2)
+    found = add_noise(sample, noise, torch.tensor([1.0, 0.25, 0.0]))
+    assert found[:, 0, 0, 0].tolist() == [1.0, 0.5, 0.0]
+
+
+def test_the_noise_scheduler_of_diffusers_computes_the_same_noise_and_velocity() -> None:
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(beta_start=0.0015, beta_end=0.0155, beta_schedule="scaled_linear")
+    sample, noise = torch.randn(2, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([0, 10, 500, 999])
+    abar = scheduler.alphas_cumprod[timesteps]
+    torch.testing.assert_close(add_noise(sample, noise, abar), scheduler.add_noise(sample, noise, timesteps))
+    torch.testing.assert_close(
+        prediction_target(sample, noise, abar, "v_prediction"), scheduler.get_velocity(sample, noise, timesteps)
+    )
+
+
+@pytest.mark.parametrize("function", [prediction_target, predicted_sample])
+def test_an_unknown_prediction_type_is_refused(function: object) -> None:
+    with pytest.raises(ValueError, match="known are sample, epsilon, v_prediction"):
+        function(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1), "x0")  # type: ignore[operator]
+
+
+def test_the_latent_loss_is_the_mean_absolute_error() -> None:
+    prediction = torch.tensor([[1.0, -2.0], [0.5, 4.0]])
+    target = torch.tensor([[0.0, 1.0], [0.5, 2.0]])
+    assert latent_loss(prediction, target).item() == pytest.approx((1 + 3 + 0 + 2) / 4)
+
+
+def test_the_latent_loss_refuses_shapes_that_would_broadcast() -> None:
+    with pytest.raises(ValueError, match=r"prediction is \[2, 4\], target is \[1, 4\]"):
+        latent_loss(torch.zeros(2, 4), torch.zeros(1, 4))
+
+
+def test_equal_tokens_have_an_alignment_loss_of_minus_one_and_opposite_ones_of_one() -> None:
+    tokens = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    assert alignment_loss(tokens, 3 * tokens).item() == pytest.approx(-1, abs=1e-6)
+    assert alignment_loss(tokens, -0.1 * tokens).item() == pytest.approx(1, abs=1e-6)
+
+
+def test_the_alignment_loss_is_the_true_mean_of_hand_computed_cosines() -> None:
+    student = torch.tensor([[[1.0, 0.0], [3.0, 4.0]], [[1.0, 1.0], [0.0, 2.0]]])
+    teacher = torch.tensor([[[1.0, 1.0], [1.0, 0.0]], [[1.0, -1.0], [0.0, 5.0]]])
+    cosines = [1 / math.sqrt(2), 3 / 5, 0.0, 1.0]
+    assert alignment_loss(student, teacher).item() == pytest.approx(-sum(cosines) / 4, abs=1e-6)
+
+
+def test_the_alignment_loss_does_not_depend_on_the_batch_size() -> None:
+    student, teacher = torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(1))
+    once = alignment_loss(student, teacher)
+    four_times = alignment_loss(student.repeat(4, 1, 1), teacher.repeat(4, 1, 1))
+    torch.testing.assert_close(once, four_times)
+
+
+def test_the_alignment_loss_refuses_tokens_of_different_shapes() -> None:
+    with pytest.raises(ValueError, match=r"student is \[1, 4, 8\], teacher is \[1, 9, 8\]"):
+        alignment_loss(torch.zeros(1, 4, 8), torch.zeros(1, 9, 8))
+
+
+def test_a_perfect_mask_has_a_pixel_loss_near_zero() -> None:
+    labels = torch.zeros(2, 6, 6, dtype=torch.int64)
+    labels[:, 1:4, 2:5] = 1
+    sure = (labels[:, None].float() * 2 - 1) * 30
+    assert pixel_loss(sure, labels).item() < 1e-5
+    assert pixel_loss(-sure, labels).item() > 1
+
+
+def test_an_empty_target_has_a_finite_pixel_loss_whose_best_answer_is_background() -> None:
+    labels = torch.zeros(1, 4, 4, dtype=torch.int64)
+    nothing = torch.full((1, 1, 4, 4), -30.0, requires_grad=True)
+    loss = pixel_loss(nothing, labels)
+    loss.backward()
+    assert loss.item() < 1e-5
+    assert nothing.grad is not None
+    assert nothing.grad.isfinite().all()
+    assert pixel_loss(torch.full((1, 1, 4, 4), 30.0), labels).item() > 1
+
+
+def test_the_binary_pixel_loss_is_cross_entropy_plus_a_hand_computed_dice_term() -> None:
+    labels = torch.tensor([[[1, 1], [1, 0]]])
+    # Logits of 0 are a probability of one half: overlap 3 * 0.5, total 4 * 0.5 + 3.
+    dice = (2 * 1.5 + 1) / (2 + 3 + 1)
+    assert pixel_loss(torch.zeros(1, 1, 2, 2), labels).item() == pytest.approx(math.log(2) + 1 - dice, abs=1e-6)
+
+
+def test_the_exclusive_pixel_loss_is_a_softmax_over_classes_computed_by_hand() -> None:
+    labels = torch.tensor([[[0, 1, 1, 2]]])  # 1, 2 and 1 of 4 pixels
+    dice = [(2 * n / 3 + 1) / (4 / 3 + n + 1) for n in (1, 2, 1)]
+    expected = math.log(3) + 1 - sum(dice) / 3
+    assert pixel_loss(torch.zeros(1, 3, 1, 4), labels).item() == pytest.approx(expected, abs=1e-6)
+    shifted = pixel_loss(torch.full((1, 3, 1, 4), 5.0), labels).item()
+    assert shifted == pytest.approx(expected, abs=1e-6)  # a softmax knows differences only
+
+
+def test_the_overlapping_pixel_loss_treats_every_channel_as_a_binary_mask() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, target = torch.randn(2, 3, 5, 4, generator=generator), torch.rand(2, 3, 5, 4, generator=generator) > 0.5
+    alone = [pixel_loss(logits[:, c : c + 1], target[:, c].long()) for c in range(3)]
+    torch.testing.assert_close(pixel_loss(logits, target, exclusive=False), torch.stack(alone).mean())
+
+
+@pytest.mark.parametrize(("channels", "exclusive"), product((1, 3), (True, False)))
+def test_the_pixel_loss_does_not_depend_on_repeating_the_batch(channels: int, exclusive: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, channels, 4, 4, generator=generator)
+    labels = torch.randint(0, max(channels, 2), (2, 4, 4), generator=generator)
+    target = labels if exclusive or channels == 1 else labels[:, None] == torch.arange(channels)[:, None, None]
+    torch.testing.assert_close(
+        pixel_loss(logits, target, exclusive=exclusive),
+        pixel_loss(torch.cat([logits] * 3), torch.cat([target] * 3), exclusive=exclusive),
+    )
+
+
+def test_a_terminal_fraction_of_zero_takes_no_sample_one_takes_all_and_others_their_share() -> None:
+    uniforms = torch.tensor([0.0, 0.25, 0.5, 0.75, 1 - 2**-24])
+    assert not terminal_positions(uniforms, 0.0).any()
+    assert terminal_positions(uniforms, 1.0).all()
+    assert terminal_positions(uniforms, 0.5).tolist() == [True, True, False, False, False]
