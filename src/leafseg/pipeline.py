@@ -20,15 +20,15 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
-from safetensors import SafetensorError
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from leafseg import rng
 from leafseg.config import Noise, PreprocessingSettings
 from leafseg.data.transforms import Preprocessor
 from leafseg.errors import CheckpointError, ConfigError, DataError
 from leafseg.mask_code import MaskCode, make_mask_code
-from leafseg.model.autoencoder import decode_pictures, scale_latent
+from leafseg.model.autoencoder import decode_pictures, own_memory, scale_latent
 from leafseg.model.image_encoder import ImageEncoder
 from leafseg.model.unet import MaskUNet
 
@@ -138,6 +138,9 @@ class LeafPipeline(DiffusionPipeline):
                 _check_folder(folder)
             diffusers_logging.disable_progress_bar()
             pipe = super().from_pretrained(folder, use_safetensors=True, **kwargs)
+            for part in (name for name in ("unet", "vae", "image_encoder") if name not in kwargs):
+                _check_weights(folder / part, getattr(pipe, part))
+                own_memory(getattr(pipe, part))
         except CheckpointError:
             raise
         except (HfHubHTTPError, HFValidationError, ConnectionError) as error:
@@ -240,7 +243,9 @@ class LeafPipeline(DiffusionPipeline):
                     f"the tensor is {image.dtype} {list(image.shape)}; give floating point [B, 3, H, W] in 0..1"
                 )
             images = image.float()
-            low, high = (float(v) for v in images.aminmax()) if images.numel() else (0.0, 0.0)
+            if not images.numel():
+                raise DataError(f"the tensor is {list(images.shape)}; give at least one image of at least one pixel")
+            low, high = (float(v) for v in images.aminmax())
             if not (low >= -1e-3 and high <= 1 + 1e-3):
                 raise DataError(f"the tensor's values run from {low:.3g} to {high:.3g}; give values in 0..1")
             return self.preprocessor.resize_tensor(images.cpu())
@@ -322,6 +327,19 @@ def _check_folder(folder: Path) -> None:
             raise CheckpointError(
                 f"{folder / key}: no safetensors weights; leafseg never unpickles a model: convert it first"
             )
+
+
+def _check_weights(folder: Path, module: nn.Module) -> None:
+    """Every weight is accounted for: diffusers leaves a missing one random, with a warning."""
+    stored: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            stored.update(weights.keys())
+    wrong = sorted(stored ^ set(module.state_dict()))
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: {len(wrong)} weights are missing or unknown ({', '.join(wrong[:3])}); copy the model again"
+        )
 
 
 def _is_class(value: Any) -> bool:

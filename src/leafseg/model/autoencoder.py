@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from leafseg.config import AutoencoderSettings
 from leafseg.errors import CheckpointError, ConfigError
@@ -20,19 +20,26 @@ _PACKAGED = "packaged:"
 
 
 def new_autoencoder(settings: AutoencoderSettings) -> AutoencoderKL:
-    """An AutoencoderKL with random weights. Latents keep mean 0 and deviation 1 until they are measured."""
+    """An AutoencoderKL with random weights. Latents keep mean 0 and deviation 1 until they are measured.
+
+    Raises:
+        ConfigError: if the layout cannot be built.
+    """
     levels = len(settings.block_out_channels)
-    return AutoencoderKL(
-        block_out_channels=settings.block_out_channels,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        layers_per_block=settings.layers_per_block,
-        latent_channels=settings.latent_channels,
-        norm_num_groups=settings.norm_num_groups,
-        mid_block_add_attention=settings.mid_block_attention,
-        scaling_factor=settings.scaling_factor,
-        sample_size=256,
-    )
+    try:
+        return AutoencoderKL(
+            block_out_channels=settings.block_out_channels,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            layers_per_block=settings.layers_per_block,
+            latent_channels=settings.latent_channels,
+            norm_num_groups=settings.norm_num_groups,
+            mid_block_add_attention=settings.mid_block_attention,
+            scaling_factor=settings.scaling_factor,
+            sample_size=256,
+        )
+    except ValueError as error:
+        raise ConfigError(f"model.autoencoder cannot be built ({str(error).splitlines()[0]}); change it") from error
 
 
 def build_autoencoder(settings: AutoencoderSettings) -> AutoencoderKL:
@@ -79,20 +86,39 @@ def load_autoencoder(folder: Path) -> AutoencoderKL:
     """An autoencoder folder (config.json and safetensors), in float32.
 
     Raises:
-        CheckpointError: if the folder is missing, incomplete or damaged.
+        CheckpointError: if the folder is missing, incomplete or damaged; every weight is accounted for.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{folder}: no config.json; an autoencoder is a folder that diffusers' save_pretrained wrote"
         )
     try:
-        autoencoder = AutoencoderKL.from_pretrained(folder, use_safetensors=True, torch_dtype=torch.float32)
+        autoencoder, report = AutoencoderKL.from_pretrained(
+            folder, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
+        )
     except (OSError, ValueError, SafetensorError, RuntimeError, json.JSONDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(
             f"{folder}: the autoencoder cannot be loaded ({reason}); copy or download it again"
         ) from error
+    wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
+    if wrong:  # diffusers leaves a missing weight random, with a warning
+        raise CheckpointError(
+            f"{folder}: {len(wrong)} weights are missing or unknown ({', '.join(wrong[:3])}); copy or download it again"
+        )
+    own_memory(autoencoder)
     return autoencoder
+
+
+def own_memory(module: nn.Module) -> None:
+    """Copy weights that were loaded into memory of their own.
+
+    A loaded safetensors file is mapped, at whatever offsets its header leaves. Kernels take other paths for unaligned
+    memory, so that the same weights would compute other last bits than before they were saved; and a file that is
+    replaced under a running model would take its weights along.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def _statistics(config: Mapping[str, Any], like: Tensor) -> tuple[Tensor | float, Tensor | float, float]:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from leafseg.config import Settings
+from leafseg.errors import ConfigError
 from leafseg.mask_code import MaskCode, make_mask_code
 from leafseg.model.autoencoder import build_autoencoder, new_autoencoder
 from leafseg.model.image_encoder import ImageEncoder
@@ -50,23 +51,30 @@ def build_scheduler(settings: Settings) -> DDIMScheduler:
 
 
 def build_unet(settings: Settings, *, latent_channels: int, num_pictures: int) -> MaskUNet:
-    """The U-Net for image latent + mask latent (image first) in, mask latent out."""
+    """The U-Net for image latent + mask latent (image first) in, mask latent out.
+
+    Raises:
+        ConfigError: if the layout cannot be built.
+    """
     unet = settings.model.unet
-    return MaskUNet(
-        sample_size=settings.data.preprocessing.size[0] // (settings.model.stride // unet.stride),
-        in_channels=latent_channels * (1 + num_pictures),
-        out_channels=latent_channels * num_pictures,
-        block_out_channels=unet.block_out_channels,
-        down_block_types=unet.down_block_types,
-        up_block_types=unet.up_block_types,
-        layers_per_block=unet.layers_per_block,
-        downsample_type=unet.resample,
-        upsample_type=unet.resample,
-        norm_num_groups=unet.norm_num_groups,
-        attn_norm_num_groups=unet.norm_num_groups,
-        dropout=unet.dropout,
-        num_attention_heads=unet.num_attention_heads,
-    )
+    try:
+        return MaskUNet(
+            sample_size=settings.data.preprocessing.size[0] // (settings.model.stride // unet.stride),
+            in_channels=latent_channels * (1 + num_pictures),
+            out_channels=latent_channels * num_pictures,
+            block_out_channels=unet.block_out_channels,
+            down_block_types=unet.down_block_types,
+            up_block_types=unet.up_block_types,
+            layers_per_block=unet.layers_per_block,
+            downsample_type=unet.resample,
+            upsample_type=unet.resample,
+            norm_num_groups=unet.norm_num_groups,
+            attn_norm_num_groups=unet.norm_num_groups,
+            dropout=unet.dropout,
+            num_attention_heads=unet.num_attention_heads,
+        )
+    except ValueError as error:
+        raise ConfigError(f"model.unet cannot be built ({str(error).splitlines()[0]}); change it") from error
 
 
 def build_components(
@@ -80,7 +88,8 @@ def build_components(
         with_weights: False leaves the autoencoder at random weights (to count, or to load others over it).
 
     Raises:
-        ConfigError, CheckpointError: as :func:`leafseg.model.autoencoder.build_autoencoder`.
+        ConfigError: if the layout cannot be built, or the mask code cannot write these labels.
+        CheckpointError: if the autoencoder's weights are missing or damaged.
     """
     code = make_mask_code(settings.model.mask_code, label_names)
     make = build_autoencoder if with_weights else new_autoencoder

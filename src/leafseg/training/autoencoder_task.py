@@ -232,19 +232,20 @@ class _Trainable(nn.Module):
         return decoded, distribution.mean, distribution.logvar
 
 
-def _check(
-    manifests: Sequence[Manifest], model: AutoencoderSettings, settings: AutoencoderTrainingSettings
-) -> None:
+def _check(manifests: Sequence[Manifest], model: AutoencoderSettings, settings: AutoencoderTrainingSettings) -> None:
     for manifest in manifests:
         if not len(manifest.part("train")):
             raise DataError(
-                f"{manifest.root}: no sample falls into the train part ({len(manifest)} in all); add images or leave it out"
+                f"{manifest.root}: no sample falls into the train part ({len(manifest)} in all); add images or "
+                "leave the set out"
             )
     stride = 2 ** (len(model.block_out_channels) - 1)
     side = min(settings.preprocessing.size)
     problems = []
     if settings.crop % stride or settings.crop > side:
-        problems.append(f"crop is {settings.crop}; it must be a multiple of {stride}, at most preprocessing.size ({side})")
+        problems.append(
+            f"crop is {settings.crop}; it must be a multiple of {stride}, at most preprocessing.size ({side})"
+        )
     if settings.image_share + settings.synthetic_share > 1:
         problems.append(
             f"image_share {settings.image_share} and synthetic_share {settings.synthetic_share} add up to more than 1"

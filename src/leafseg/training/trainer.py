@@ -90,8 +90,8 @@ def train(
         stop_after: save and stop after this step, as a signal would (the schedule keeps the whole budget).
 
     Raises:
-        ConfigError: if the run exists and ``resume`` is False, or was made with other settings; if there is no budget, the
-            batch cannot be cut as asked, or the loss stops being a number.
+        ConfigError: if the run exists and ``resume`` is False, or was made with other settings; if there is no budget,
+            the batch cannot be cut as asked, or the loss stops being a number.
         DataError: if a sample cannot be read any more, a loading process dies, or the log cannot be written.
         CheckpointError: if a checkpoint is damaged or cannot be written.
     """
@@ -462,8 +462,9 @@ def _loading_errors() -> Iterator[None]:
 
 @contextmanager
 def _signals_held_back(wanted: bool) -> Iterator[None]:
-    """Processes started inside never see SIGINT and SIGTERM: a Ctrl-C reaches the whole process group, and a loader that
-    dies of it takes the training along before its last checkpoint. Here the signals arrive when the block ends.
+    """Processes started inside never see SIGINT and SIGTERM; here the signals arrive when the block ends.
+
+    A Ctrl-C reaches the whole process group, and a loader that died of it would end the training without a checkpoint.
     """
     if not wanted or not hasattr(signal, "pthread_sigmask"):
         yield
