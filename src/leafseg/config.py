@@ -141,9 +141,7 @@ class ObjectiveSettings(SettingsModel):
         le=1,
         description="share of training samples at the last timestep with pure noise: what one-step inference feeds",
     )
-    pixel_weight: float = Field(
-        0.0, ge=0, description="weight of Dice + cross-entropy on the decoded mask, on the terminal samples"
-    )
+    pixel_weight: float = Field(0.0, ge=0, description="weight of Dice + cross-entropy on the decoded mask")
 
 
 class SchedulerSettings(SettingsModel):
@@ -225,8 +223,11 @@ class Settings(SettingsModel):
                 f"objective.terminal_fraction is {goal.terminal_fraction} with prediction_type epsilon: pure noise "
                 "holds no mask to denoise; set terminal_fraction to 0 or prediction_type to sample"
             )
-        if goal.pixel_weight > 0 and goal.terminal_fraction == 0:
-            problems.append("objective.pixel_weight needs terminal samples; set terminal_fraction above 0")
+        if goal.pixel_weight > 0 and goal.prediction_type == "epsilon":
+            problems.append(
+                f"objective.pixel_weight is {goal.pixel_weight} with prediction_type epsilon: the mask it implies is "
+                "noise at late timesteps; set pixel_weight to 0 or prediction_type to sample"
+            )
         if goal.alignment_tap >= len(self.model.unet.block_out_channels) - 1:
             problems.append(
                 f"objective.alignment_tap is {goal.alignment_tap}; the U-Net's down blocks with a downsampler are 0.."
@@ -319,6 +320,8 @@ _TINY = {
         "schedule": "cosine",
         "ema_decay": 0.995,
         "minutes": 20,
+        "validations": 6,
+        "validation_samples": 100,
     },
 }
 
@@ -461,21 +464,20 @@ def _problems(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
 
 
 def _all_names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of all settings and of the groups that hold them."""
     names = []
     for name, field in model.model_fields.items():
+        names.append(prefix + name)
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             names += _all_names(field.annotation, f"{prefix}{name}.")
-        else:
-            names.append(prefix + name)
     return names
 
 
 def _suggestion(name: str, known: Iterable[str]) -> str:
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    if not near:  # the right leaf under a wrong branch
-        leaf = name.rsplit(".", 1)[-1]
-        near = [other for other in names if other.rsplit(".", 1)[-1] == leaf][:1]
+    leaf = name.rsplit(".", 1)[-1]
+    near = [other for other in names if other.rsplit(".", 1)[-1] == leaf][:1]  # the right name in a wrong place
+    near = near or difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -185,17 +186,29 @@ def predict_files(
     Raises:
         DataError: if nothing is found, two inputs would write one file, or ``out`` cannot be written.
     """
-    files = list(_listed(inputs))
+    files = list(dict.fromkeys(_listed(inputs)))
     stems = _output_stems(files, out)
     written: dict[str, list[str]] = {}
     failed: dict[str, str] = {}
+    owners: dict[Path, Path] = {}  # which input each output belongs to
     started = time.monotonic()
     out_is_usable(out)
     with progress_bar("prediction", total=len(files)) as bar:
         for path in files:
             try:
-                paths = list(_predict_one(segmenter, path, out, stems[path], probability=probability, overlay=overlay))
-                written[str(path)] = [p.name for p in paths]
+                names = []
+                for target, write in _outputs(
+                    segmenter, path, out, stems[path], probability=probability, overlay=overlay
+                ):
+                    owner = owners.setdefault(target, path)
+                    if owner != path:
+                        raise DataError(
+                            f"{path}: its result {target.name} would replace that of {owner}; predict them into "
+                            "different folders"
+                        )
+                    write()
+                    names.append(target.name)
+                written[str(path)] = names
             except DataError as error:
                 failed[str(path)] = str(error)
             bar.advance()
@@ -235,7 +248,11 @@ def _listed(inputs: Iterable[Path]) -> Iterator[Path]:
     for given in inputs:
         if given.is_dir():
             folder = given / "images" if (given / "images").is_dir() else given
-            found = sorted(p for p in folder.iterdir() if p.is_file() and image_suffix(p) is not None)
+            found = sorted(
+                p
+                for p in folder.iterdir()
+                if p.is_file() and image_suffix(p) is not None and not p.name.startswith(".")
+            )
             if not found:
                 kinds = ", ".join(s.removeprefix(".") for s in (*IMAGE_SUFFIXES, *VOLUME_SUFFIXES))
                 raise DataError(f"{folder}: no images in this folder; readable are {kinds}")
@@ -261,34 +278,38 @@ def _output_stems(files: Sequence[Path], out: Path) -> dict[Path, str]:
     return stems
 
 
-def _predict_one(
+def _outputs(
     segmenter: Segmenter, path: Path, out: Path, stem: str, *, probability: bool, overlay: bool
-) -> Iterator[Path]:
+) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """The files that one input gives, each with what writes it."""
     suffix = image_suffix(path)
     if suffix in VOLUME_SUFFIXES:
         volume, geometry = read_volume(path)
-        labels = [segmenter.segment([plane])[0].labels for plane in volume]
+        labels = np.stack([_segment_one(segmenter, path, plane).labels for plane in volume])
         target = out / (stem if stem.endswith(suffix) else stem + suffix)
-        write_volume(target, np.stack(labels), geometry)
-        yield target
+        yield target, partial(write_volume, target, labels, geometry)
         return
     frames = count_frames(path)
     for frame in range(frames) if frames is not None else (None,):
         name = stem if frame is None else f"{stem}_{frame:04d}"
         pixels = read_image(path, frame)
-        try:
-            result = segmenter.segment([pixels])[0]
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from error
-        binary = len(segmenter.label_names) == 2
-        write_png(out / f"{name}.png", result.labels * 255 if binary else result.labels)
-        yield out / f"{name}.png"
+        result = _segment_one(segmenter, path, pixels)
+        pictures = {f"{name}.png": result.labels * 255 if len(segmenter.label_names) == 2 else result.labels}
         if probability:
-            write_png(out / f"{name}_probability.png", (result.probability[-1] * 65535).round().astype(np.uint16))
-            yield out / f"{name}_probability.png"
+            # One channel is the foreground; of several classes, it is everything but the background.
+            foreground = result.probability[0] if len(result.probability) == 1 else 1 - result.probability[0]
+            pictures[f"{name}_probability.png"] = (foreground.clip(0, 1) * 65535).round().astype(np.uint16)
         if overlay:
-            write_png(out / f"{name}_overlay.png", draw_overlay(display_pixels(pixels), result.labels))
-            yield out / f"{name}_overlay.png"
+            pictures[f"{name}_overlay.png"] = draw_overlay(display_pixels(pixels), result.labels)
+        for file_name, picture in pictures.items():
+            yield out / file_name, partial(write_png, out / file_name, picture)
+
+
+def _segment_one(segmenter: Segmenter, path: Path, pixels: NDArray[Any]) -> Segmentation:
+    try:
+        return segmenter.segment([pixels])[0]
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def display_pixels(pixels: NDArray[Any]) -> NDArray[np.uint8]:

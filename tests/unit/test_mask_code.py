@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,11 +82,10 @@ TOYS = (Toy("toy-palette", ("background", "cup", "disc"), 3, 1), Toy("toy-overla
 
 
 @pytest.fixture(autouse=True)
-def _toy_codes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _toy_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mask_code, "_CODES", dict(mask_code._CODES))
     register_mask_code("toy-palette")(PaletteCode)
     register_mask_code("toy-overlap")(TwoPictureCode)
-    yield
 
 
 @pytest.fixture(params=TOYS, ids=lambda toy: toy.name)
@@ -167,7 +165,7 @@ def test_the_binary_code_refuses_three_classes_and_names_the_way_out() -> None:
 
 
 def test_an_unknown_code_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="model.mask_code is 'binry'; known are binary"):
+    with pytest.raises(ConfigError, match=r"model\.mask_code is 'binry'; known are binary"):
         make_mask_code("binry", ("background", "foreground"))
 
 

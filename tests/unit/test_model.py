@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,6 @@ from leafseg.model.autoencoder import (
     decode_pictures,
     encode_pictures,
     load_autoencoder,
-    new_autoencoder,
     scale_latent,
     unscale_latent,
 )
@@ -88,7 +88,7 @@ def test_leaf_base_does_exactly_the_work_of_the_paper() -> None:
 def test_the_projector_of_leaf_base_has_the_paper_s_size() -> None:
     projector = build_projector(load_settings("leaf-base"), teacher_dim=768)
     widths = (192, 2048, 2048, 768)
-    assert count_parameters(projector) == sum((a + 1) * b for a, b in zip(widths, widths[1:], strict=False))
+    assert count_parameters(projector) == sum((a + 1) * b for a, b in pairwise(widths))
     assert round(count_parameters(projector) / 1e6, 2) == 6.17
 
 

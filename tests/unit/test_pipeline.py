@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import subprocess
@@ -141,9 +142,7 @@ def test_an_argument_out_of_range_is_refused(tiny_pipeline: LeafPipeline, argume
 
 @pytest.mark.parametrize("fit", ["stretch", "pad"])
 @pytest.mark.parametrize("size", [(37, 51), (129, 7), (1, 1), (32, 32)])
-def test_the_result_lies_on_the_image_s_own_grid(
-    tiny_pipeline: LeafPipeline, fit: str, size: tuple[int, int]
-) -> None:
+def test_the_result_lies_on_the_image_s_own_grid(tiny_pipeline: LeafPipeline, fit: str, size: tuple[int, int]) -> None:
     output = with_preprocessing(tiny_pipeline, fit=fit)([picture(*size), picture(*size, seed=1)])
     assert output.probability.shape == output.mask.shape == (2, 1, *size)
     assert output.probability.dtype == torch.float32
@@ -306,6 +305,7 @@ def test_the_recommended_number_of_steps_is_the_default(tiny_pipeline: LeafPipel
     assert not torch.equal(tiny_pipeline(picture(), num_inference_steps=1).probability, three.probability)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch_dtype:FutureWarning")  # newer diffusers say dtype, older do not know it
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
 def test_half_precision_stays_close_to_full_precision(
     tiny_pipeline: LeafPipeline, tmp_path: Path, dtype: torch.dtype, tolerance: float
@@ -372,8 +372,6 @@ def test_a_saved_pipeline_holds_safetensors_and_names_public_classes_only(folder
 
 def test_the_saved_scheduler_states_every_field(folder: Path) -> None:
     stated = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    import inspect
-
     parameters = set(inspect.signature(DDIMScheduler.__init__).parameters) - {"self"}
     assert parameters <= set(stated)
     assert (stated["timestep_spacing"], stated["clip_sample"], stated["set_alpha_to_one"]) == ("trailing", False, True)
@@ -381,14 +379,12 @@ def test_the_saved_scheduler_states_every_field(folder: Path) -> None:
 
 def test_a_saved_pipeline_loads_in_a_fresh_process(folder: Path, tiny_pipeline: LeafPipeline) -> None:
     code = (
-        "import sys, numpy, leafseg\n"
+        "import numpy, leafseg\n"
         f"pipeline = leafseg.LeafPipeline.from_pretrained({str(folder)!r})\n"
         "image = numpy.random.default_rng(0).integers(0, 256, (40, 36, 3), dtype=numpy.uint8)\n"
         "print(repr(float(pipeline(image).probability.double().sum())))\n"
-        "assert type(pipeline.unet).__name__ == 'MaskUNet'\n"
-        "from diffusers import DiffusionPipeline\n"
-        f"other = DiffusionPipeline.from_pretrained({str(folder)!r}, custom_pipeline=None)\n"
-        "print(type(other) is leafseg.LeafPipeline)\n"
+        f"unet = leafseg.MaskUNet.from_pretrained({str(folder / 'unet')!r})\n"
+        "print(type(unet) is type(pipeline.unet))\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
@@ -433,7 +429,10 @@ def widen_a_weight(folder: Path) -> None:
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no index": (lambda folder: (folder / "model_index.json").unlink(), "no model_index.json"),
-    "garbage index": (lambda folder: (folder / "model_index.json").write_text("{nothing"), "not a readable model index"),
+    "garbage index": (
+        lambda folder: (folder / "model_index.json").write_text("{nothing"),
+        "not a readable model index",
+    ),
     "binary index": (lambda folder: (folder / "model_index.json").write_bytes(b"\xff\xfe"), "not a readable"),
     "list index": (lambda folder: (folder / "model_index.json").write_text("[1]"), "not a readable model index"),
     "another pipeline": (edit_index(lambda i: i.update(_class_name="DDPMPipeline")), "the model is a DDPMPipeline"),
@@ -473,5 +472,5 @@ def test_a_model_that_does_not_exist_is_refused_without_a_download(name: str) ->
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "model.ckpt").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match="no model_index.json"):
+    with pytest.raises(CheckpointError, match=r"no model_index\.json"):
         LeafPipeline.from_pretrained(tmp_path / "model.ckpt")

@@ -22,7 +22,7 @@ from leafseg.errors import DataError
 from leafseg.evaluation.intervals import bootstrap_mean
 from leafseg.evaluation.metrics import dice_and_iou
 from leafseg.files import write_json_atomic, write_text_atomic
-from leafseg.predict import Segmenter
+from leafseg.predict import Segmentation, Segmenter
 from leafseg.progress import Bar, progress_bar
 
 _BATCH = 8
@@ -95,7 +95,7 @@ def evaluate_samples(
     for start in range(0, len(samples), _BATCH):
         chunk = samples[start : start + _BATCH]
         images = [read_image(sample.image, sample.frame) for sample in chunk]
-        for sample, result in zip(chunk, segmenter.segment(images), strict=True):
+        for sample, result in zip(chunk, _segment(segmenter, chunk, images), strict=True):
             if sample.mask is None:
                 raise DataError(f"{sample.image}: no mask; evaluation needs one for every image")
             truth = label_map.apply(read_mask(sample.mask, sample.mask_frame), source=str(sample.mask))
@@ -107,6 +107,20 @@ def evaluate_samples(
             yield from _rows(sample, truth, result.labels, segmenter.label_names)
             if bar is not None:
                 bar.advance()
+
+
+def _segment(
+    segmenter: Segmenter, samples: Sequence[Sample], images: Sequence[np.ndarray[Any, Any]]
+) -> list[Segmentation]:
+    try:
+        return segmenter.segment(images)
+    except DataError:
+        for sample, image in zip(samples, images, strict=True):  # which one was it?
+            try:
+                segmenter.segment([image])
+            except DataError as error:
+                raise DataError(f"{sample.image}: {error}") from error
+        raise
 
 
 def _rows(

@@ -192,14 +192,13 @@ class LeafTask:
             parts["alignment"] = alignment_loss(tokens.float(), self._teacher_tokens(batch))
             loss = loss + goal.alignment_weight * parts["alignment"]
         if goal.pixel_weight > 0:
-            parts["pixel"] = prediction.new_zeros(())
-            if terminal.any():
-                sample = predicted_sample(prediction, noisy, alpha_bar, goal.prediction_type)[terminal]
-                with self._autocasting():
-                    decoded = decode_pictures(self.parts.autoencoder, sample)
-                logits = self.parts.mask_code.logits(decoded.float())
-                part = pixel_loss(logits, batch["labels"][terminal], exclusive=self.parts.mask_code.exclusive)
-                parts["pixel"] = part * terminal.float().mean()  # a mean over the batch, whatever share is terminal
+            # On every sample, whatever its timestep: a batch of another size each step would make the CPU's kernels be
+            # generated anew each time, which costs more than the decoding.
+            sample = predicted_sample(prediction, noisy, alpha_bar, goal.prediction_type)
+            with self._autocasting():
+                decoded = decode_pictures(self.parts.autoencoder, sample)
+            logits = self.parts.mask_code.logits(decoded.float())
+            parts["pixel"] = pixel_loss(logits, batch["labels"], exclusive=self.parts.mask_code.exclusive)
             loss = loss + goal.pixel_weight * parts["pixel"]
         return {"loss": loss, **parts}
 

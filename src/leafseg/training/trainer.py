@@ -49,8 +49,8 @@ from leafseg.training.tracking import Tracker
 log = logging.getLogger(__name__)
 
 _CALIBRATION_WARMUP, _CALIBRATION_STEPS = 2, 6
-# Share of a budget in minutes that is planned; the rest covers checkpoints and a machine that slows down.
-_PLANNED_SHARE = 0.96
+# Share of a budget in minutes that is planned; the rest covers the optimizer, checkpoints and a slower machine.
+_PLANNED_SHARE = 0.94
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,7 @@ def train(
         step = checkpoint.state.step
         if checkpoint.state.best_score is not None and checkpoint.state.best_step is not None:
             best = (checkpoint.state.best_score, checkpoint.state.best_step)
+        del checkpoint  # its weights would stay in memory for the whole training
     prepared, optimizer = accelerator.prepare(module, optimizer)
 
     # --- batches: a stream of global sample positions, cut by process and micro-batch
@@ -172,17 +173,16 @@ def train(
             pin_memory=accelerator.device.type == "cuda",
         )
         parts = []
-        with _loading_errors():
-            with _signals_held_back(bool(workers)):
-                iterator = iter(loader)
-            for batch in iterator:
-                parts.append({k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()})
-                if len(parts) == micro_steps:
-                    yield parts
-                    parts = []
+        with _signals_held_back(bool(workers)):
+            iterator = iter(loader)
+        for batch in iterator:
+            parts.append({k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()})
+            if len(parts) == micro_steps:
+                yield parts
+                parts = []
 
     def backward(parts: list[dict[str, torch.Tensor]], at_step: int) -> dict[str, float]:
-        """Gradients of one optimizer step; the mean of each loss part over its micro-batches."""
+        """Gradients of one optimizer step; the mean of each loss part over its micro-batches and processes."""
         sums: dict[str, float] = defaultdict(float)
         for index, batch in enumerate(parts):
             with accelerator.no_sync(prepared) if index < micro_steps - 1 else nullcontext(), torch.random.fork_rng():
@@ -193,6 +193,9 @@ def train(
                 accelerator.backward(losses["loss"] / micro_steps)
             for name, value in losses.items():
                 sums[name] += float(value.detach()) / micro_steps
+        if accelerator.num_processes > 1:  # DDP averages gradients; the figures are averaged here
+            mean = accelerator.reduce(torch.tensor(list(sums.values()), device=accelerator.device), "mean")
+            return dict(zip(sums, mean.tolist(), strict=True))
         return sums
 
     def with_ema(action: Any) -> Any:
@@ -219,7 +222,8 @@ def train(
     elif settings.steps is not None:
         total = settings.steps
     else:
-        total, calibration = _calibrate(settings, started, batches, backward, validate, optimizer, accelerator)
+        with _loading_errors():
+            total, calibration = _calibrate(settings, started, batches, backward, validate, optimizer, accelerator)
         record = {**record, "calibration": calibration}
     if main:
         kept = {**(stored["record"] if stored else {}), **record}
@@ -257,6 +261,7 @@ def train(
     first_step, loop_started, saved_step = step, time.monotonic(), last
     end = total if stop_after is None else min(total, stop_after)
     with (
+        _loading_errors(),
         _signals() as signalled,
         Tracker(run, start_step=step) if main else nullcontext() as tracker,
         progress_bar(task.kind, total=total, done=step, show=main) as bar,
@@ -267,7 +272,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             losses = backward(parts, step)
-            if _agree(accelerator, not math.isfinite(losses["loss"])):
+            if not math.isfinite(losses["loss"]):
                 raise ConfigError(
                     f"the loss became {losses['loss']} at step {step}; lower training.learning_rate or use "
                     f"training.precision=fp32, then continue from the last checkpoint in {run} with --resume auto"
@@ -355,11 +360,12 @@ def _calibrate(
     """Steps that fit the minutes: times a few steps (nothing is updated) and one validation."""
     minutes = settings.minutes or 0.0
     times = []
-    for parts in batches(0, _CALIBRATION_WARMUP + _CALIBRATION_STEPS):
-        begin = time.monotonic()
+    begin = time.monotonic()
+    for parts in batches(0, _CALIBRATION_WARMUP + _CALIBRATION_STEPS):  # loading counts: it delays steps as well
         backward(parts, 0)
-        times.append(time.monotonic() - begin)
         optimizer.zero_grad(set_to_none=True)
+        times.append(time.monotonic() - begin)
+        begin = time.monotonic()
     step_seconds = sorted(times[_CALIBRATION_WARMUP:])[_CALIBRATION_STEPS // 2]
     begin = time.monotonic()
     if settings.validations:
@@ -443,7 +449,9 @@ def _agree(accelerator: Accelerator, flag: bool) -> bool:
 
 @contextmanager
 def _loading_errors() -> Iterator[None]:
-    """Errors of loading processes as the one sentence they are; torch wraps a whole traceback around it."""
+    """Errors of loading processes as the one sentence they are: torch wraps a traceback around what they raise, and
+    raises a RuntimeError at any moment when one dies.
+    """
     try:
         yield
     except DataError as error:

@@ -1,0 +1,132 @@
+"""Training with a teacher: a small random DINOv2 in a folder, live and cached."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from leafseg.runs import checkpoint_folder, checkpoint_steps
+from leafseg.training.tracking import read_metrics
+from leafseg.training.trainer import TrainingResult
+
+Train = Callable[..., TrainingResult]
+
+
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Settings of a training with a teacher and without augmentation or dropout."""
+    folder = tmp_path_factory.mktemp("teacher")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.Dinov2Model(
+            transformers.Dinov2Config(
+                hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+            )
+        )
+    model.save_pretrained(folder)
+    return (
+        f"teacher.name={folder}", "objective.alignment_weight=0.5", "training.validations=0", "training.steps=4",
+        "data.augmentation.horizontal_flip=false", "model.unet.dropout=0", "model.image_encoder_dropout=0",
+    )  # fmt: skip
+
+
+def alignment(run: Path) -> list[float]:
+    return [line["train/alignment"] for line in read_metrics(run)]
+
+
+@pytest.mark.parametrize("features", ["live", "cached"])
+def test_the_alignment_improves_in_a_short_training(
+    train_tiny: Train, data: Path, tmp_path: Path, aligned: tuple[str, ...], features: str
+) -> None:
+    train_tiny(
+        data, tmp_path, *aligned, f"teacher.features={features}", "training.steps=40", "training.save_every=1000"
+    )
+    values = alignment(tmp_path)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [10, 20, 30, 40]
+    assert all(-1 <= value <= 1 for value in values)
+    assert values[-1] < values[0] - 0.1  # -1 is perfect agreement
+
+
+def test_cached_and_live_features_agree_where_nothing_is_augmented(
+    train_tiny: Train, data: Path, tmp_path: Path, aligned: tuple[str, ...]
+) -> None:
+    for features in ("live", "cached"):
+        train_tiny(data, tmp_path / features, *aligned, f"teacher.features={features}", "training.steps=1")
+    live, cached = (read_metrics(tmp_path / name)[0] for name in ("live", "cached"))
+    # Half precision keeps 11 bits; the image itself is the same bytes in both.
+    assert cached["train/alignment"] == pytest.approx(live["train/alignment"], abs=2e-3)
+    assert cached["train/prediction"] == live["train/prediction"]
+
+
+def test_a_training_with_cached_features_resumes_exactly_when_the_cache_is_gone(
+    train_tiny: Train,
+    data: Path,
+    tmp_path: Path,
+    aligned: tuple[str, ...],
+    same_checkpoint: Callable[[Path, Path, int], None],
+) -> None:
+    settings = (
+        *aligned, "teacher.features=cached", "data.augmentation.horizontal_flip=true",
+        "data.augmentation.rotation_degrees=20", "model.unet.dropout=0.1",
+    )  # fmt: skip
+    train_tiny(data, tmp_path / "whole", *settings)
+    train_tiny(data, tmp_path / "cut", *settings, stop_after=2)
+    shutil.rmtree(tmp_path / "cut" / "features")
+    train_tiny(data, tmp_path / "cut", *settings, resume=True)
+    same_checkpoint(tmp_path / "whole", tmp_path / "cut", 4)
+
+
+def test_a_cache_that_is_full_or_damaged_changes_no_bit(
+    train_tiny: Train,
+    data: Path,
+    tmp_path: Path,
+    aligned: tuple[str, ...],
+    same_checkpoint: Callable[[Path, Path, int], None],
+) -> None:
+    settings = (*aligned, "teacher.features=cached")
+    train_tiny(data, tmp_path / "whole", *settings)
+    train_tiny(data, tmp_path / "cut", *settings, stop_after=2)
+    for path in (tmp_path / "cut" / "features").rglob("*.npy"):
+        path.write_bytes(path.read_bytes()[:-1])
+    # A cache elsewhere is no other training.
+    train_tiny(data, tmp_path / "cut", *settings, f"teacher.cache_dir={tmp_path / 'elsewhere'}", resume=True)
+    same_checkpoint(tmp_path / "whole", tmp_path / "cut", 4)
+
+
+def test_neither_projector_nor_teacher_is_in_the_saved_model(
+    train_tiny: Train, data: Path, tmp_path: Path, aligned: tuple[str, ...]
+) -> None:
+    from safetensors.torch import load_file
+
+    train_tiny(data, tmp_path, *aligned, "training.steps=1")
+    (step,) = checkpoint_steps(tmp_path)
+    folder = checkpoint_folder(tmp_path, step)
+    assert {p.name for p in (folder / "pipeline").iterdir() if p.is_dir()} == {
+        "unet", "vae", "image_encoder", "scheduler",
+    }  # fmt: skip
+    trained = load_file(folder / "trainer" / "weights.safetensors")
+    kinds = {name.split(".")[0] for name in trained}
+    assert kinds == {"unet", "image_encoder", "projector"}
+    saved = {
+        f"{part}.{name}"
+        for part in ("unet", "image_encoder")
+        for name in load_file(folder / "pipeline" / part / "diffusion_pytorch_model.safetensors")
+    }
+    assert saved == {name for name in trained if not name.startswith("projector.")}
+    index = (folder / "pipeline" / "model_index.json").read_text()
+    assert "projector" not in index
+    assert "teacher" not in index
+
+
+def test_a_teacher_that_is_no_folder_is_refused_without_asking_the_network(
+    train_tiny: Train, data: Path, tmp_path: Path, aligned: tuple[str, ...]
+) -> None:
+    from leafseg.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="no such folder"):
+        train_tiny(data, tmp_path / "run", *aligned, f"teacher.name={tmp_path / 'nowhere'}")
