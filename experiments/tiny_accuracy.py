@@ -55,6 +55,7 @@ def main() -> None:
     record = {
         **name,
         "command": f"leafseg train --data DATA/{arguments.data.name} {' '.join(shared)} --out RUN",
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
         "evaluate": f"leafseg evaluate RUN --data DATA/{arguments.data.name} --split test",
         "steps": run["total_steps"],
         "best_step": max(validation, key=validation.get) if validation else None,
