@@ -330,6 +330,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "leaf-base": {
         "preset": "leaf-base",
         "data": {"augmentation": {"horizontal_flip": True, "vertical_flip": True}},
+        "teacher": {"name": "facebook/dinov2-with-registers-base"},
         "training": {"steps": 100_000},
     },
     "leaf-tiny": _TINY,

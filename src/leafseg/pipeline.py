@@ -117,7 +117,7 @@ class LeafPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path: a folder that ``save_pretrained`` wrote, or a hub id.
-            **kwargs: diffusers' own, e.g. ``torch_dtype=torch.bfloat16``.
+            **kwargs: diffusers' own, e.g. ``dtype=torch.bfloat16`` (``torch_dtype`` is taken too).
 
         Raises:
             CheckpointError: if the folder is missing, damaged, of another kind, or names a class that is not allowed.
@@ -129,7 +129,9 @@ class LeafPipeline(DiffusionPipeline):
         elif name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise CheckpointError(f"{name}: no such folder; give a run, a pipeline folder, or a hub id (owner/name)")
         kwargs.setdefault("low_cpu_mem_usage", True)
-        verbosity = diffusers_logging.get_verbosity()
+        if "torch_dtype" in kwargs:  # the name that most users know; diffusers now calls it dtype
+            kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
+        bars = diffusers_logging.is_progress_bar_enabled()
         try:
             if not folder.exists():
                 # The index is checked before any component is touched.
@@ -152,8 +154,8 @@ class LeafPipeline(DiffusionPipeline):
                 f"{name}: the model cannot be loaded ({_first_line(error)}); copy, download or train it again"
             ) from error
         finally:
-            diffusers_logging.set_verbosity(verbosity)
-            diffusers_logging.enable_progress_bar()
+            if bars:
+                diffusers_logging.enable_progress_bar()
         return cast(LeafPipeline, pipe)
 
     @torch.no_grad()

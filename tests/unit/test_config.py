@@ -122,9 +122,10 @@ def test_noise_prediction_with_terminal_samples_is_refused() -> None:
 
 def test_all_contradictions_are_named_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        load_settings(overrides=["objective.pixel_weight=1", "objective.alignment_tap=4"])
-    assert "pixel_weight needs terminal samples" in str(caught.value)
-    assert "alignment_tap is 4" in str(caught.value)
+        load_settings("leaf-tiny", overrides=["objective.prediction_type=epsilon", "objective.alignment_tap=2"])
+    for name in ("terminal_fraction is 0.75", "pixel_weight is 1", "alignment_tap is 2"):
+        assert f"objective.{name}" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("preset", "stride", "size"), [("leaf-base", 128, 192), ("leaf-tiny", 32, 240)])

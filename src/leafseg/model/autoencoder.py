@@ -94,7 +94,7 @@ def load_autoencoder(folder: Path) -> AutoencoderKL:
         )
     try:
         autoencoder, report = AutoencoderKL.from_pretrained(
-            folder, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
+            folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, SafetensorError, RuntimeError, json.JSONDecodeError) as error:
         reason = str(error).splitlines()[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ from leafseg.progress import progress_bar
 from leafseg.runs import PIPELINE_FOLDER
 from leafseg.training.precision import resolve_precision
 from leafseg.training.task import Autocast, Validation
+
+log = logging.getLogger(__name__)
 
 _PREFILL_BATCH = 16
 
@@ -94,6 +97,11 @@ class LeafTask:
         # Seeded here, so that the same settings start from the same weights in every process.
         torch.manual_seed(rng.torch_seed(settings.training.seed, "initial-weights", 0))
         self.parts = build_components(settings, label_names=manifest.label_map.names)
+        if settings.model.autoencoder.weights is None and init_from is None:
+            log.warning(
+                "model.autoencoder.weights is not set: the autoencoder is random and cannot carry masks; name a folder "
+                "with its weights, or start from a model with --init-from"
+            )
         self.preprocessor = Preprocessor(settings.data.preprocessing)
         self.dataset = SegmentationDataset(
             self._train,

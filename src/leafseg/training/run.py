@@ -47,7 +47,7 @@ def run_training(
                 f"{out}: already holds a training; continue it with --resume auto or choose another --out"
             )
         if split_file is None and (out / SPLIT_FILE).is_file():
-            split_file = out / SPLIT_FILE  # the run's own: files added since stay out
+            split_file = out / SPLIT_FILE  # the run's own; data that changed since is refused
     if is_main_process():
         out_is_usable(out)
     with progress_bar("reading data", total=1) as bar:
