@@ -31,6 +31,7 @@ from leafseg.mask_code import MaskCode, make_mask_code
 from leafseg.model.autoencoder import decode_pictures, own_memory, scale_latent
 from leafseg.model.image_encoder import ImageEncoder
 from leafseg.model.unet import MaskUNet
+from leafseg.runs import resolve_model
 
 FORMAT_VERSION = 1
 
@@ -113,16 +114,17 @@ class LeafPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> LeafPipeline:
-        """Load a pipeline folder or hub id; safetensors only, known classes only.
+        """Load a run, a pipeline folder or a hub id; safetensors only, known classes only.
 
         Args:
-            pretrained_model_name_or_path: a folder that ``save_pretrained`` wrote, or a hub id.
+            pretrained_model_name_or_path: a run (its best checkpoint is taken), a folder that ``save_pretrained``
+                wrote, or a hub id.
             **kwargs: diffusers' own, e.g. ``dtype=torch.bfloat16`` (``torch_dtype`` is taken too).
 
         Raises:
             CheckpointError: if the folder is missing, damaged, of another kind, or names a class that is not allowed.
         """
-        name = str(pretrained_model_name_or_path)
+        name = resolve_model(str(pretrained_model_name_or_path))
         folder = Path(name)
         if folder.exists():
             _check_folder(folder)

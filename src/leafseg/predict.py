@@ -34,7 +34,6 @@ from leafseg.errors import CheckpointError, DataError, LeafsegError
 from leafseg.files import write_json_atomic
 from leafseg.pipeline import LeafPipeline
 from leafseg.progress import progress_bar
-from leafseg.runs import resolve_model
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -129,7 +128,7 @@ def load_segmenter(
     Raises:
         CheckpointError: if the model cannot be loaded, or has no such number of steps.
     """
-    pipeline = LeafPipeline.from_pretrained(resolve_model(model))
+    pipeline = LeafPipeline.from_pretrained(model)
     limit = int(pipeline.scheduler.config["num_train_timesteps"])
     if num_inference_steps is not None and not 1 <= num_inference_steps <= limit:
         raise CheckpointError(f"{model}: --steps is {num_inference_steps}; the model's schedule has 1..{limit}")

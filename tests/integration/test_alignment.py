@@ -81,7 +81,7 @@ def test_a_training_with_cached_features_resumes_exactly_when_the_cache_is_gone(
     same_checkpoint(tmp_path / "whole", tmp_path / "cut", 4)
 
 
-def test_a_cache_that_is_full_or_damaged_changes_no_bit(
+def test_a_cache_that_is_damaged_or_lies_elsewhere_changes_no_bit(
     train_tiny: Train,
     data: Path,
     tmp_path: Path,

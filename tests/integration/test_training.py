@@ -15,12 +15,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from leafseg.config import Settings, TrainingSettings, override_settings
+from leafseg.config import AugmentationSettings, Settings, TrainingSettings, override_settings
 from leafseg.data.manifest import Manifest, load_manifest
+from leafseg.data.transforms import augment, draw_augmentation
 from leafseg.errors import CheckpointError, ConfigError, DataError
 from leafseg.pipeline import LeafPipeline
 from leafseg.runs import best_checkpoint, checkpoint_folder, checkpoint_steps
@@ -232,6 +234,28 @@ def test_the_files_of_a_checkpoint_are_readable_to_whoever_may_read_its_folder(
     expected = (tmp_path / "plain").stat().st_mode
     files = [p for p in checkpoint_folder(tmp_path / "run", 1).rglob("*") if p.is_file()]
     assert {p.stat().st_mode for p in files} == {expected}
+
+
+def test_a_sample_does_not_depend_on_the_threads_of_the_process_that_loads_it() -> None:
+    # Large enough that torch cuts an image among its threads; a loading process has one, the training process several.
+    every = AugmentationSettings(
+        rotation_degrees=20, scale=(0.8, 1.2), translation=0.1, brightness=0.1, contrast=0.3, gamma=0.3
+    )
+    image = torch.rand(3, 256, 256, generator=torch.Generator().manual_seed(0))
+    labels = (image[0] > 0.5).long()
+    changes = [draw_augmentation(every, np.random.default_rng(seed)) for seed in range(10)]
+    before = torch.get_num_threads()
+    results = {}
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            results[threads] = [augment(image, labels, change) for change in changes]
+    finally:
+        torch.set_num_threads(before)
+    for threads in (2, 3, 5):
+        for (image_one, labels_one), (image_other, labels_other) in zip(results[1], results[threads], strict=True):
+            assert torch.equal(image_one, image_other)
+            assert torch.equal(labels_one, labels_other)
 
 
 # --- what can go wrong on the way ---

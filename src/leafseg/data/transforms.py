@@ -303,8 +303,8 @@ def _affine_grid(
 
 
 def _change_colours(image: Tensor, augmentation: Augmentation) -> Tensor:
-    # Mean and power in numpy: torch cuts an image by its threads, and sums and the cuts' edges then differ in last bits.
-    # A loading process has one thread, the training process has several, and both must give the same sample.
+    # Mean and power in numpy: torch cuts an image among its threads, and the last bits of both depend on the cuts. A
+    # loading process has one thread, the training process several, and both must give the same sample.
     if augmentation.brightness != 0.0 or augmentation.contrast != 1.0:
         mean = float(image.numpy().mean(dtype=np.float64))
         image = ((image - mean) * augmentation.contrast + mean + augmentation.brightness).clamp(0.0, 1.0)

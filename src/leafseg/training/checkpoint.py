@@ -7,6 +7,7 @@ state). A folder under its final name is complete by construction; anything else
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -20,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from leafseg.errors import CheckpointError
-from leafseg.runs import checkpoint_folder, step_of
+from leafseg.runs import best_checkpoint, checkpoint_folder, step_of
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 _PARTIAL = ".partial"
@@ -125,6 +128,21 @@ def load_checkpoint(folder: Path) -> LoadedCheckpoint:
             f"{folder}: the checkpoint is damaged ({_reason(error)}); remove this folder to continue from the "
             "one before"
         ) from error
+
+
+def link_best(run: Path, folder: str) -> None:
+    """Let ``RUN/FOLDER`` point to the best checkpoint's inference folder, for people and scripts that open it by hand.
+
+    A convenience: where links cannot be made, leafseg's own commands find the folder all the same.
+    """
+    link, temporary = run / folder, run / f".{folder}{_PARTIAL}"
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(Path(best_checkpoint(run) / folder).relative_to(run), target_is_directory=True)
+        os.replace(temporary, link)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        log.debug("%s: no link to the best checkpoint (%s)", link, _reason(error))
 
 
 def remove_other_checkpoints(run: Path, keep: set[int]) -> None:

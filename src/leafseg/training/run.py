@@ -11,7 +11,7 @@ from leafseg.errors import ConfigError
 from leafseg.pipeline import LeafPipeline
 from leafseg.predict import out_is_usable
 from leafseg.progress import progress_bar
-from leafseg.runs import SPLIT_FILE, checkpoint_steps, is_main_process, is_run, resolve_model
+from leafseg.runs import SPLIT_FILE, checkpoint_steps, is_main_process, is_run
 from leafseg.training.leaf_task import LeafTask
 from leafseg.training.trainer import TrainingResult
 from leafseg.training.trainer import train as run_loop
@@ -55,7 +55,7 @@ def run_training(
         bar.advance()
 
     begun = bool(checkpoint_steps(out))
-    start = LeafPipeline.from_pretrained(resolve_model(init_from)) if init_from and not begun else None
+    start = LeafPipeline.from_pretrained(init_from) if init_from and not begun else None
     task = LeafTask(settings, manifest, init_from=start)
     if is_main_process():
         save_split(manifest, out / SPLIT_FILE)

@@ -38,6 +38,7 @@ from leafseg.progress import progress_bar
 from leafseg.runs import RUN_FILE, best_checkpoint, checkpoint_folder, checkpoint_steps
 from leafseg.training.checkpoint import (
     TrainerState,
+    link_best,
     load_checkpoint,
     remove_other_checkpoints,
     save_checkpoint,
@@ -253,6 +254,7 @@ def train(
                     write_inference=lambda folder: task.save_inference(folder / task.pipeline_folder),
                 )
             )
+            link_best(run, task.pipeline_folder)
             remove_other_checkpoints(run, {step} | ({best[1]} if best else set()))
         accelerator.wait_for_everyone()
 
