@@ -83,12 +83,7 @@ def train(
     """Train LEAF on a folder of images and masks."""
     from leafseg.config import load_settings
 
-    dotted = list(overrides or [])
-    if steps is not None and minutes is not None:
-        raise ConfigError("--steps and --minutes are both given; give one of them")
-    dotted += [f"training.steps={steps}"] if steps is not None else []
-    dotted += [f"training.minutes={minutes}"] if minutes is not None else []
-    dotted += [f"training.seed={seed}"] if seed is not None else []
+    dotted = _with_training_options(overrides, steps=steps, minutes=minutes, seed=seed)
     settings = load_settings(preset, file=config, overrides=dotted)
 
     from leafseg.training.run import run_training
@@ -234,12 +229,7 @@ def train_autoencoder(
     from leafseg.data.manifest import load_manifest
     from leafseg.predict import out_is_usable
 
-    dotted = list(overrides or [])
-    if steps is not None and minutes is not None:
-        raise ConfigError("--steps and --minutes are both given; give one of them")
-    dotted += [f"training.steps={steps}"] if steps is not None else []
-    dotted += [f"training.minutes={minutes}"] if minutes is not None else []
-    settings = load_autoencoder_settings(overrides=dotted)
+    settings = load_autoencoder_settings(overrides=_with_training_options(overrides, steps=steps, minutes=minutes))
     out_is_usable(out)
     manifests = [load_manifest(folder, settings=DataSettings()) for folder in data]
 
@@ -290,6 +280,16 @@ def demo(
 
     page = run_demo(out, minutes=minutes, seed=seed)
     print(f"open {page}")
+
+
+def _with_training_options(
+    overrides: list[str] | None, *, steps: int | None, minutes: float | None, seed: int | None = None
+) -> list[str]:
+    """The overrides, and the budget and seed that were given as options of their own."""
+    if steps is not None and minutes is not None:
+        raise ConfigError("--steps and --minutes are both given; give one of them")
+    given = {"steps": steps, "minutes": minutes, "seed": seed}
+    return [*(overrides or []), *(f"training.{name}={value}" for name, value in given.items() if value is not None)]
 
 
 def _print_result(result: TrainingResult, out: Path) -> None:
