@@ -288,6 +288,13 @@ def test_an_image_that_breaks_after_the_check_ends_in_one_sentence(
         train(task, settings.training, tmp_path / "run", record=task.record(), workers=workers)
     assert str(caught.value).startswith(str(tmp_path / "data" / "images"))
     assert "\n" not in str(caught.value)
+    # The traceback in hand keeps the loading process alive; at exit Python ends it like this, and waits.
+    for child in multiprocessing.active_children():
+        child.terminate()
+        child.join(30)
+        ended = not child.is_alive()
+        child.kill()
+        assert ended
 
 
 def test_a_loading_process_that_dies_ends_in_one_sentence(train_tiny: Train, data: Path, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +31,7 @@ from torch.utils.data import DataLoader
 from leafseg import rng
 from leafseg.config import TrainingSettings
 from leafseg.data.dataset import PositionSampler
-from leafseg.errors import CheckpointError, ConfigError, DataError
+from leafseg.errors import CheckpointError, ConfigError
 from leafseg.files import write_json_atomic
 from leafseg.progress import progress_bar
 from leafseg.runs import RUN_FILE, best_checkpoint, checkpoint_folder, checkpoint_steps
@@ -43,6 +42,7 @@ from leafseg.training.checkpoint import (
     remove_other_checkpoints,
     save_checkpoint,
 )
+from leafseg.training.loading import loading_errors, obey_the_trainer_alone, signals_held_back
 from leafseg.training.precision import resolve_precision
 from leafseg.training.task import TrainingTask, Validation
 from leafseg.training.tracking import Tracker
@@ -171,10 +171,11 @@ def train(
             batch_sampler=sampler,
             num_workers=workers,
             multiprocessing_context="spawn" if workers else None,  # fork after torch's thread pool may hang
+            worker_init_fn=obey_the_trainer_alone,
             pin_memory=accelerator.device.type == "cuda",
         )
         parts = []
-        with _signals_held_back(bool(workers)):
+        with signals_held_back(workers > 0):
             iterator = iter(loader)
         for batch in iterator:
             parts.append({k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()})
@@ -223,7 +224,7 @@ def train(
     elif settings.steps is not None:
         total = settings.steps
     else:
-        with _loading_errors():
+        with loading_errors():
             total, calibration = _calibrate(settings, started, batches, backward, validate, optimizer, accelerator)
         record = {**record, "calibration": calibration}
     if main:
@@ -263,7 +264,7 @@ def train(
     first_step, loop_started, saved_step = step, time.monotonic(), last
     end = total if stop_after is None else min(total, stop_after)
     with (
-        _loading_errors(),
+        loading_errors(),
         _signals() as signalled,
         Tracker(run, start_step=step) if main else nullcontext() as tracker,
         progress_bar(task.kind, total=total, done=step, show=main) as bar,
@@ -447,44 +448,6 @@ def _agree(accelerator: Accelerator, flag: bool) -> bool:
     if accelerator.num_processes == 1:
         return flag
     return bool(accelerator.reduce(torch.tensor(int(flag), device=accelerator.device), "sum") > 0)
-
-
-@contextmanager
-def _loading_errors() -> Iterator[None]:
-    """Errors of loading processes as the one sentence they are: torch wraps a traceback around what they raise, and
-    raises a RuntimeError at any moment when one dies.
-    """
-    try:
-        yield
-    except DataError as error:
-        if not str(error).startswith("Caught "):
-            raise
-        sentence = str(error).splitlines()[-1].removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")
-        raise DataError(sentence) from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise DataError(
-            f"a data loading process ended ({str(error).splitlines()[0]}); if memory ran out, lower data.workers or "
-            "data.cache_mb, then continue from the last checkpoint with --resume auto"
-        ) from error
-
-
-@contextmanager
-def _signals_held_back(wanted: bool) -> Iterator[None]:
-    """Processes started inside never see SIGINT and SIGTERM; here the signals arrive when the block ends.
-
-    A Ctrl-C reaches the whole process group, and a loader that died of it would end the training without a checkpoint.
-    """
-    if not wanted or not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    resource_tracker.ensure_running()  # when started on demand it would unblock them
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
