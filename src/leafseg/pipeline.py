@@ -18,7 +18,6 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 from diffusers.utils import BaseOutput
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -137,8 +136,7 @@ class LeafPipeline(DiffusionPipeline):
         try:
             if not folder.exists():
                 # The index is checked before any component is touched.
-                patterns = ["*.json", "*.safetensors"]
-                folder = Path(snapshot_download(name, allow_patterns=patterns, **_download_arguments(kwargs)))
+                folder = _download(name, kwargs)
                 _check_folder(folder)
             diffusers_logging.disable_progress_bar()
             pipe = super().from_pretrained(folder, use_safetensors=True, **kwargs)
@@ -147,10 +145,6 @@ class LeafPipeline(DiffusionPipeline):
                 own_memory(getattr(pipe, part))
         except CheckpointError:
             raise
-        except (HfHubHTTPError, HFValidationError, ConnectionError) as error:
-            raise CheckpointError(
-                f"{name}: neither a folder here nor a reachable hub id ({_first_line(error)}); check the name"
-            ) from error
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, ConfigError) as error:
             raise CheckpointError(
                 f"{name}: the model cannot be loaded ({_first_line(error)}); copy, download or train it again"
@@ -350,9 +344,17 @@ def _is_class(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(item, str | None) for item in value)
 
 
-def _download_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _download(name: str, kwargs: dict[str, Any]) -> Path:
+    """The hub's files of a model, in the local cache; takes its own arguments out of ``kwargs``."""
     names = ("cache_dir", "force_download", "local_files_only", "token", "revision")
-    return {name: kwargs.pop(name) for name in names if name in kwargs}
+    mine = {key: kwargs.pop(key) for key in names if key in kwargs}
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], **mine))
+    except Exception as error:  # the hub library's errors, and those of whatever it speaks HTTP with, share no base
+        raise CheckpointError(
+            f"{name}: neither a folder here nor a reachable hub id ({_first_line(error)}); check the name, or copy the "
+            "model's folder here"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

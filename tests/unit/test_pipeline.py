@@ -474,3 +474,10 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "model.ckpt").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"no model_index\.json"):
         LeafPipeline.from_pretrained(tmp_path / "model.ckpt")
+
+
+def test_a_hub_id_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match=r"owner/missing: neither a folder here nor a reachable hub id") as caught:
+        LeafPipeline.from_pretrained("owner/missing", cache_dir=tmp_path)
+    assert "\n" not in str(caught.value)
