@@ -123,12 +123,12 @@ def evaluate(
 
     folder = out or (Path(model) / f"evaluation-{split.value}" if is_run(Path(model)) else Path("evaluation"))
     out_is_usable(folder)
-    if split_file is None and is_run(Path(model)) and _same_data(Path(model), data):
-        split_file = Path(model) / SPLIT_FILE
+    stored = Path(model) / SPLIT_FILE
     settings = (
         _data_settings(model, overrides) if is_run(Path(model)) else load_settings(overrides=overrides or ()).data
     )
-    manifest = load_manifest(data, settings=settings, split_file=split_file)
+    run_split = stored if is_run(Path(model)) and stored.is_file() else None
+    manifest = load_manifest(data, settings=settings, split_file=split_file, run_split=run_split)
     part = manifest if split is Part.all else manifest.part(split.value)
 
     from leafseg.evaluation.evaluate import evaluate as run_evaluation
@@ -139,6 +139,7 @@ def evaluate(
     )
     result = run_evaluation(segmenter, part)
     result.summary.update(model=model, part=split.value, precision=precision.value, noise=noise.value, samples=samples)
+    result.summary["steps"] = steps or int(segmenter.pipeline.config["num_inference_steps"])
     result.save(folder)
     for name, figures in result.summary["classes"].items():
         print(f"{name}: {_figure('Dice', figures['dice'])}, {_figure('IoU', figures['iou'])}", end="")
@@ -340,21 +341,6 @@ def _data_settings(run: str, overrides: list[str] | None) -> Any:
     if not isinstance(stored, dict) or "objective" not in stored:
         return load_settings(overrides=overrides or ()).data
     return override_settings(parse_settings(stored, source=run), overrides or ()).data
-
-
-def _same_data(run: Path, data: Path) -> bool:
-    """Whether a run's stored split belongs to this data: its names are the data's own."""
-    import csv
-
-    from leafseg.data.images import image_stem
-    from leafseg.runs import SPLIT_FILE
-
-    path = run / SPLIT_FILE
-    if not path.is_file() or not (data / "images").is_dir():
-        return path.is_file() and data.is_file()
-    with path.open(newline="") as stream:
-        known = {row["name"] for row in csv.DictReader(stream)}
-    return {image_stem(p) for p in (data / "images").iterdir() if not p.name.startswith(".")} == known
 
 
 def main() -> None:

@@ -162,7 +162,7 @@ class TrainingSettings(SettingsModel):
     )
     learning_rate: float = Field(4e-5, gt=0)
     weight_decay: float = Field(0.01, ge=0)
-    warmup_steps: int = Field(10_000, ge=0, description="at most a tenth of the run is used")
+    warmup_steps: int = Field(10_000, ge=0, description="with the cosine schedule at most a tenth of the run")
     schedule: Literal["constant", "cosine"] = "constant"
     clip_grad_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.9999, ge=0, lt=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,8 @@ from leafseg.files import write_text_atomic
 
 if TYPE_CHECKING:
     from leafseg.config import DataSettings
+
+log = logging.getLogger(__name__)
 
 PARTS = ("train", "validation", "test")
 UNUSED = "unused"
@@ -159,6 +162,7 @@ def load_manifest(
     *,
     settings: DataSettings,
     split_file: Path | None = None,
+    run_split: Path | None = None,
     require_masks: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
@@ -169,7 +173,9 @@ def load_manifest(
             ``image`` and optionally ``mask``, ``frame``, ``mask_frame``, ``group``, ``part``; its paths are relative to
             its folder. A file of several frames without a chosen frame becomes one sample a frame.
         settings: ``mask_threshold`` and ``foreground_labels`` decide what is foreground.
-        split_file: a file of ``save_split``; overrides groups and the CSV's parts.
+        split_file: a file of ``save_split``; overrides groups and the CSV's parts, and must cover every sample.
+        run_split: the split that a run stored. Samples that it holds (by content) keep their parts and others are left
+            out; if it holds none of them, this is another data set and the default rule applies.
         require_masks: False accepts images without a mask.
         progress: called with (files done, files in all).
 
@@ -191,6 +197,8 @@ def load_manifest(
     label_map = _label_map(data, present, settings) if present else LabelMap(((0, 0), (1, 1)))
     if split_file is not None:
         samples = _stored_parts(split_file, samples)
+    elif run_split is not None:
+        samples = _run_parts(run_split, samples)
     _check_parts(split_file or data, samples)
     kept = tuple(sorted((sample for sample in samples if sample.part != UNUSED), key=lambda sample: sample.name))
     if not kept:
@@ -566,6 +574,8 @@ def _stored_parts(path: Path, samples: Sequence[Sample]) -> list[Sample]:
     for cells in table:
         for column in ("sha256", "name"):
             key = cells.get(column, "")
+            if column == "name" and cells.get("sha256"):
+                continue  # the content decides: another data set may use the same names
             if key and by_key.setdefault((column, key), cells["part"]) != cells["part"]:
                 conflicts.append(cells.get("name") or key)
     _refuse(path, _problem(conflicts, "sample is in two parts", "samples are in two parts", "list each once"))
@@ -585,6 +595,17 @@ def _stored_parts(path: Path, samples: Sequence[Sample]) -> list[Sample]:
         ),
     )  # fmt: skip
     return placed
+
+
+def _run_parts(path: Path, samples: list[Sample]) -> list[Sample]:
+    """The parts that a run used; what it did not know is left out, unless it knew nothing of this data at all."""
+    parts = {cells.get("sha256", ""): cells.get("part", "") for cells in _read_csv(path)}
+    known = [replace(sample, part=parts[sample.sha256]) for sample in samples if parts.get(sample.sha256) in PARTS]
+    if not known:
+        return samples
+    if len(known) < len(samples):
+        log.warning("%d of %d samples are not in %s and left out", len(samples) - len(known), len(samples), path)
+    return known
 
 
 def _check_parts(source: Path, samples: Sequence[Sample]) -> None:

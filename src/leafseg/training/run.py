@@ -41,21 +41,22 @@ def run_training(
     Raises:
         LeafsegError: in one sentence, for anything that the user can mend.
     """
-    if is_run(out):
-        if not resume:
-            raise ConfigError(
-                f"{out}: already holds a training; continue it with --resume auto or choose another --out"
-            )
-        if split_file is None and (out / SPLIT_FILE).is_file():
-            split_file = out / SPLIT_FILE  # the run's own; data that changed since is refused
+    if is_run(out) and not resume:
+        raise ConfigError(f"{out}: already holds a training; continue it with --resume auto or choose another --out")
+    stored = out / SPLIT_FILE
+    run_split = stored if is_run(out) and stored.is_file() else None  # files added since stay out
     if is_main_process():
         out_is_usable(out)
     with progress_bar("reading data", total=1) as bar:
-        manifest = load_manifest(data, settings=settings.data, split_file=split_file)
+        manifest = load_manifest(data, settings=settings.data, split_file=split_file, run_split=run_split)
         bar.advance()
 
-    begun = bool(checkpoint_steps(out))
-    start = LeafPipeline.from_pretrained(init_from) if init_from and not begun else None
+    source = init_from
+    if init_from is not None and checkpoint_steps(out):
+        # Already begun: the trained weights come from the checkpoint, and the frozen autoencoder that they were trained
+        # against from the pipeline beside them.
+        source = str(out)
+    start = LeafPipeline.from_pretrained(source) if source is not None else None
     task = LeafTask(settings, manifest, init_from=start)
     if is_main_process():
         save_split(manifest, out / SPLIT_FILE)

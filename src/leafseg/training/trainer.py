@@ -221,6 +221,10 @@ def train(
     module.train()
     if stored is not None:
         total = settings.steps or int(stored["total_steps"])
+        if total < step:
+            raise ConfigError(f"{run}: --steps is {total}, but the run is at step {step}; give at least as many")
+        if settings.steps is None:
+            log.info("%s: the budget was turned into %d steps when the run began, and stays", run, total)
     elif settings.steps is not None:
         total = settings.steps
     else:
@@ -417,7 +421,8 @@ def _read_run(path: Path) -> dict[str, Any] | None:
         raise CheckpointError(f"{path}: not a readable run record; restore it or choose another --out") from error
 
 
-# What may change between the parts of one training without changing its numbers.
+# What may change between the parts of one training: another budget is the user's wish, the rest changes no numbers (the
+# micro-batch not without dropout).
 _FREE = ("settings.training.steps", "settings.training.minutes", "settings.data.workers", "settings.data.cache_mb",
          "settings.training.save_every", "settings.training.validations", "settings.training.validation_samples",
          "settings.training.micro_batch_size", "settings.teacher.cache_dir", "settings.teacher.cache_mb")  # fmt: skip
