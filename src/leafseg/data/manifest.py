@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import logging
+import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -171,7 +172,8 @@ def load_manifest(
     Args:
         data: a folder with ``images/`` and ``masks/`` (same stem, any accepted suffix), or a CSV file with the column
             ``image`` and optionally ``mask``, ``frame``, ``mask_frame``, ``group``, ``part``; its paths are relative to
-            its folder. A file of several frames without a chosen frame becomes one sample a frame.
+            its folder. A file of several frames without a chosen frame becomes one sample a frame. A folder that
+            ``leafseg data prepare`` wrote stands for its ``manifest.csv``.
         settings: ``mask_threshold`` and ``foreground_labels`` decide what is foreground.
         split_file: a file of ``save_split``; overrides groups and the CSV's parts, and must cover every sample.
         run_split: the split that a run stored. Samples that it holds (by content) keep their parts and others are left
@@ -183,7 +185,9 @@ def load_manifest(
         DataError: one sentence a kind of problem, each with a count and the first few names.
     """
     data = Path(data)
-    if data.is_dir():
+    if data.is_dir() and _is_prepared(data):
+        root, rows = data, _csv_rows(data / "manifest.csv", require_masks=require_masks)
+    elif data.is_dir():
         root, rows = data, _folder_rows(data, require_masks=require_masks)
     elif data.is_file():
         root, rows = data.parent, _csv_rows(data, require_masks=require_masks)
@@ -250,6 +254,8 @@ def _folder_rows(data: Path, *, require_masks: bool) -> list[_Row]:
     required = ("images", "masks") if require_masks else ("images",)
     missing = [f"{name}/" for name in required if not folders[name].is_dir()]
     if missing:
+        if not any(folder.is_dir() for folder in folders.values()):
+            _refuse(data, _known_set_problem(data))
         raise DataError(
             f"{data}: {' and '.join(missing)} missing; a data folder holds images/ and masks/ with files of the same "
             "stem, or give a CSV manifest"
@@ -289,6 +295,25 @@ def _folder_rows(data: Path, *, require_masks: bool) -> list[_Row]:
         problems.append(f"the masks' stems end with {ending!r}; rename them or give a CSV manifest")
     _refuse(data, problems)
     return [_Row(images[stem], masks.get(stem)) for stem in sorted(images)]
+
+
+def _is_prepared(data: Path) -> bool:
+    from leafseg.data.catalog import is_prepared  # which imports this module
+
+    return is_prepared(data)
+
+
+def _known_set_problem(data: Path) -> list[str]:
+    """A known data set as it was downloaded is one command away from a manifest."""
+    from leafseg.data.catalog import recognise
+
+    try:
+        known = recognise(data).known
+    except DataError:
+        return []
+    out = shlex.quote(f"{data.resolve().name}-prepared")
+    command = f"leafseg data prepare {shlex.quote(str(data))} --out {out}"
+    return [f"this is {known.title} as it is downloaded; run `{command}` and give --data {out}"]
 
 
 def _common_ending(images: dict[str, Path], masks: dict[str, Path]) -> str | None:
