@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leafseg.config import PredictionType
+from leafseg.config import AlignmentReduction, PredictionType
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -59,24 +59,26 @@ def latent_loss(prediction: Tensor, target: Tensor) -> Tensor:
     return F.l1_loss(prediction, target)
 
 
-def alignment_loss(student: Tensor, teacher: Tensor) -> Tensor:
+def alignment_loss(student: Tensor, teacher: Tensor, *, reduction: AlignmentReduction = "mean") -> Tensor:
     """Mean negative cosine similarity between matching patch tokens.
 
     Args:
         student: projected U-Net features, ``[B, N, D]``; gradients flow.
         teacher: frozen patch tokens, ``[B, N, D]``, same row-major patch order.
+        reduction: ``mean``, or ``mean_over_batch``: that mean divided by B once more, as in the released code.
 
     Returns:
-        Scalar in [-1, 1]; -1 is perfect agreement. Independent of B.
+        Scalar; with ``mean`` in [-1, 1] (-1 is perfect agreement) and independent of B.
 
     Raises:
         ValueError: if the shapes differ.
 
-    Source: LEAF (arXiv 2507.18214), without the released code's second division by B.
+    Source: LEAF (arXiv 2507.18214).
     """
     if student.shape != teacher.shape:
         raise ValueError(f"student is {list(student.shape)}, teacher is {list(teacher.shape)}; they must be equal")
-    return -F.cosine_similarity(student, teacher, dim=-1).mean()
+    mean = -F.cosine_similarity(student, teacher, dim=-1).mean()
+    return mean / student.shape[0] if reduction == "mean_over_batch" else mean
 
 
 def pixel_loss(logits: Tensor, target: Tensor, *, exclusive: bool = True) -> Tensor:
