@@ -23,14 +23,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from leafseg import rng
-from leafseg.config import Noise, PreprocessingSettings
+from leafseg.config import Noise, PreprocessingSettings, TimestepSpacing
 from leafseg.data.transforms import Preprocessor
 from leafseg.errors import CheckpointError, ConfigError, DataError
 from leafseg.mask_code import MaskCode, make_mask_code
-from leafseg.model.autoencoder import decode_pictures, own_memory, scale_latent
+from leafseg.model.autoencoder import MaskDecoder, decode_pictures, own_memory, scale_latent
 from leafseg.model.image_encoder import ImageEncoder
 from leafseg.model.unet import MaskUNet
 from leafseg.runs import resolve_model
+from leafseg.sampler import ddim_update, inference_timesteps
 
 FORMAT_VERSION = 1
 
@@ -38,7 +39,7 @@ FORMAT_VERSION = 1
 # code that came with it.
 _ALLOWED_CLASSES = {
     "unet": {("leafseg", "MaskUNet")},
-    "vae": {("diffusers", "AutoencoderKL")},
+    "vae": {("diffusers", "AutoencoderKL"), ("leafseg", "MaskDecoder")},
     "image_encoder": {("leafseg", "ImageEncoder")},
     "scheduler": {("diffusers", "DDIMScheduler")},
 }
@@ -53,12 +54,14 @@ class LeafOutput(BaseOutput):
         labels: int64 ``[B, H, W]``; None for overlapping labels.
         mask: bool ``[B, C, H, W]``.
         spread: float32 ``[B, C, H, W]``, the standard deviation over ``num_samples`` noise draws; None for one draw.
+        samples: float32 ``[B, num_samples, C, H, W]``, the probability of each noise draw; only if asked for.
     """
 
     probability: Tensor
     labels: Tensor | None
     mask: Tensor
     spread: Tensor | None = None
+    samples: Tensor | None = None
 
 
 class LeafPipeline(DiffusionPipeline):
@@ -66,12 +69,13 @@ class LeafPipeline(DiffusionPipeline):
 
     Args:
         unet: predicts the mask latent from image latent and noisy mask latent.
-        vae: the frozen autoencoder of masks.
+        vae: the frozen autoencoder of masks, or its decoder alone.
         image_encoder: the trained image encoder.
-        scheduler: DDIM with trailing spacing.
+        scheduler: its betas, prediction type and clipping are used; the steps are leafseg.sampler's.
         preprocessing: the fields of :class:`leafseg.config.PreprocessingSettings`.
         mask_code: ``{"name": ..., "label_names": [...]}``.
         num_inference_steps: the recommended number of steps.
+        timesteps: which timesteps several steps visit, see :func:`leafseg.sampler.inference_timesteps`.
         format_version: of this folder layout.
 
     Not a medical device.
@@ -83,12 +87,13 @@ class LeafPipeline(DiffusionPipeline):
     def __init__(
         self,
         unet: MaskUNet,
-        vae: AutoencoderKL,
+        vae: AutoencoderKL | MaskDecoder,
         image_encoder: ImageEncoder,
         scheduler: DDIMScheduler,
         preprocessing: dict[str, Any] | None = None,
         mask_code: dict[str, Any] | None = None,
         num_inference_steps: int = 1,
+        timesteps: str = "trailing",
         format_version: int = FORMAT_VERSION,
     ) -> None:
         super().__init__()
@@ -101,6 +106,7 @@ class LeafPipeline(DiffusionPipeline):
             preprocessing=preprocessing,
             mask_code=mask_code,
             num_inference_steps=num_inference_steps,
+            timesteps=timesteps,
             format_version=format_version,
         )
         self.preprocessor = Preprocessor(PreprocessingSettings.model_validate(preprocessing))
@@ -160,10 +166,12 @@ class LeafPipeline(DiffusionPipeline):
         image: Image.Image | np.ndarray[Any, Any] | Tensor | Sequence[Image.Image | np.ndarray[Any, Any]],
         *,
         num_inference_steps: int | None = None,
+        timesteps: TimestepSpacing | None = None,
         generator: torch.Generator | None = None,
         latents: Tensor | None = None,
         noise: Noise = "gaussian",
         num_samples: int = 1,
+        return_samples: bool = False,
     ) -> LeafOutput:
         """Segment images.
 
@@ -171,11 +179,13 @@ class LeafPipeline(DiffusionPipeline):
             image: a PIL image; an array ``[H, W]`` or ``[H, W, 3]`` in its own integer or float type; a list of such of
                 one size; or a tensor ``[B, 3, H, W]`` in 0..1. Any H and W.
             num_inference_steps: default: what the model recommends (1).
+            timesteps: ``"trailing"`` or ``"released"``; default: what the model recommends.
             generator: one number is drawn from it and mixed into the noise; without one, the noise depends on the image
                 alone, so that the same image always gives the same mask.
             latents: starting noise ``[B * num_samples, z, h, w]``, in the order image by image; replaces ``noise``.
             noise: ``"gaussian"``, keyed per image (a mask never depends on its batch), or ``"zeros"``.
             num_samples: noise draws an image; their probabilities are averaged.
+            return_samples: also return the probability of each draw.
 
         Returns:
             :class:`LeafOutput` on the grid of the given images.
@@ -188,6 +198,9 @@ class LeafPipeline(DiffusionPipeline):
         limit = int(self.scheduler.config["num_train_timesteps"])
         if not 1 <= steps <= limit:
             raise ValueError(f"num_inference_steps is {steps}; it must be 1..{limit}")
+        spacing = cast(TimestepSpacing, timesteps or self.config["timesteps"])
+        if spacing not in ("trailing", "released"):
+            raise ValueError(f"timesteps is {spacing!r}; known are trailing, released")
         if num_samples < 1:
             raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
         if noise not in ("gaussian", "zeros"):
@@ -212,13 +225,23 @@ class LeafPipeline(DiffusionPipeline):
         device, dtype = self._execution_device, self.unet.dtype
         code = self.image_encoder((images * 2 - 1).to(device, dtype))
         image_latent = scale_latent(code, self.vae.config).repeat_interleave(num_samples, 0)
-        latent = latent.to(device) * float(self.scheduler.init_noise_sigma)
+        latent = latent.to(device)
 
         # 4. Reverse steps; one step at t=999 gives the mask latent itself.
-        self.scheduler.set_timesteps(steps, device=device)
-        for timestep in self.scheduler.timesteps:
+        schedule = self.scheduler.config
+        visited = inference_timesteps(limit, steps, spacing)
+        final = float(self.scheduler.final_alpha_cumprod)
+        alpha_bars = [float(self.scheduler.alphas_cumprod[timestep]) for timestep in visited]
+        for timestep, alpha_bar, next_alpha_bar in zip(visited, alpha_bars, [*alpha_bars[1:], final], strict=True):
             prediction = self.unet.denoise(torch.cat([image_latent, latent.to(dtype)], 1), timestep)
-            latent = self.scheduler.step(prediction.float(), timestep, latent, return_dict=False)[0]
+            latent = ddim_update(
+                prediction.float(),
+                latent,
+                alpha_bar=alpha_bar,
+                next_alpha_bar=next_alpha_bar,
+                prediction_type=schedule["prediction_type"],
+                clip_range=float(schedule["clip_sample_range"]) if schedule["clip_sample"] else None,
+            )
 
         # 5. Pictures, probabilities, and back to the images' grid.
         decoded = decode_pictures(self.vae, latent.to(self.vae.dtype)).float()  # [B*S, P*3, h, w]
@@ -232,6 +255,7 @@ class LeafPipeline(DiffusionPipeline):
             labels=self.mask_code.labels(probability),
             mask=self.mask_code.mask(probability),
             spread=restored.std(1, correction=0) if num_samples > 1 else None,
+            samples=restored if return_samples else None,
         )
 
     def _prepare_images(self, image: Any) -> tuple[Tensor, Any]:

