@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from leafseg.config import Settings, load_settings
     from leafseg.data.manifest import load_manifest
     from leafseg.mask_code import MaskCode
+    from leafseg.model.autoencoder import MaskDecoder
     from leafseg.model.image_encoder import ImageEncoder
     from leafseg.model.unet import MaskUNet
     from leafseg.pipeline import LeafOutput, LeafPipeline
@@ -24,6 +25,7 @@ __all__ = [
     "LeafOutput",
     "LeafPipeline",
     "MaskCode",
+    "MaskDecoder",
     "MaskUNet",
     "Settings",
     "__version__",
@@ -38,6 +40,7 @@ _HOMES = {
     "LeafOutput": "leafseg.pipeline",
     "LeafPipeline": "leafseg.pipeline",
     "MaskCode": "leafseg.mask_code",
+    "MaskDecoder": "leafseg.model.autoencoder",
     "MaskUNet": "leafseg.model.unet",
     "Settings": "leafseg.config",
     # diffusers finds the loading method of a model's class by looking for its base class beside it.

@@ -47,6 +47,17 @@ class PrecisionKind(StrEnum):
     fp16 = "fp16"
 
 
+class Timesteps(StrEnum):
+    trailing = "trailing"
+    released = "released"
+
+
+class WeightsKind(StrEnum):
+    fp16 = "fp16"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
 class Resume(StrEnum):
     no = "no"
     auto = "auto"
@@ -60,6 +71,10 @@ SplitFile = Annotated[
     Path | None, typer.Option("--split-file", help="A stored split (CSV) instead of the default one.")
 ]
 StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Reverse steps; default: the model's own (1).")]
+TimestepsOption = Annotated[
+    Timesteps | None,
+    typer.Option(help="Which timesteps several steps visit: from the last one on, or the released code's."),
+]
 NoiseOption = Annotated[NoiseKind, typer.Option(help="Starting noise: gaussian (keyed per image) or zeros.")]
 SamplesOption = Annotated[int, typer.Option("--samples", min=1, help="Noise draws an image, averaged.")]
 PrecisionOption = Annotated[PrecisionKind, typer.Option(help="auto: bf16 where the hardware multiplies in it.")]
@@ -68,7 +83,9 @@ PrecisionOption = Annotated[PrecisionKind, typer.Option(help="auto: bf16 where t
 @app.command()
 def train(
     data: DataOption,
-    out: Annotated[Path, typer.Option(help="Run folder: checkpoints, logs, the split.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder: checkpoints, logs, the split; not needed for --dry-run.")
+    ] = None,
     preset: Annotated[str, typer.Option(help="See `leafseg presets`.")] = "leaf-tiny",
     config: Annotated[Path | None, typer.Option(help="YAML file of settings on top of the preset.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Budget in optimizer steps.")] = None,
@@ -78,13 +95,26 @@ def train(
     init_from: Annotated[str | None, typer.Option(help="Start from this model's weights (fine-tuning).")] = None,
     split_file: SplitFile = None,
     stop_after: Annotated[int | None, typer.Option(min=1, help="Save and stop after this step; resume later.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build everything, try one batch, print what to expect; write nothing.")
+    ] = False,
     overrides: Overrides = None,
 ) -> None:
     """Train LEAF on a folder of images and masks."""
     from leafseg.config import load_settings
 
+    if out is None and not dry_run:
+        raise ConfigError("no --out: name the run's folder, or add --dry-run to see what the training would take")
     dotted = _with_training_options(overrides, steps=steps, minutes=minutes, seed=seed)
     settings = load_settings(preset, file=config, overrides=dotted)
+    if dry_run or out is None:
+        from leafseg.training.dry_run import describe
+        from leafseg.training.dry_run import dry_run as try_training
+
+        lines = describe(try_training(settings, data, split_file=split_file, init_from=init_from))
+        if is_main_process():
+            print("\n".join(lines))
+        return
 
     from leafseg.training.run import run_training
 
@@ -110,6 +140,7 @@ def evaluate(
     ] = None,
     split_file: SplitFile = None,
     steps: StepsOption = None,
+    timesteps: TimestepsOption = None,
     noise: NoiseOption = NoiseKind.gaussian,
     samples: SamplesOption = 1,
     precision: PrecisionOption = PrecisionKind.fp32,
@@ -119,7 +150,7 @@ def evaluate(
     from leafseg.config import load_settings
     from leafseg.data.manifest import load_manifest
     from leafseg.predict import out_is_usable
-    from leafseg.runs import SPLIT_FILE, is_run
+    from leafseg.runs import SPLIT_FILE, is_run, selected_on_test
 
     folder = out or (Path(model) / f"evaluation-{split.value}" if is_run(Path(model)) else Path("evaluation"))
     out_is_usable(folder)
@@ -135,11 +166,20 @@ def evaluate(
     from leafseg.predict import load_segmenter
 
     segmenter = load_segmenter(
-        model, num_inference_steps=steps, noise=noise.value, num_samples=samples, precision=precision.value
+        model,
+        num_inference_steps=steps,
+        timesteps=timesteps.value if timesteps else None,
+        noise=noise.value,
+        num_samples=samples,
+        precision=precision.value,
     )
     result = run_evaluation(segmenter, part)
     result.summary.update(model=model, part=split.value, precision=precision.value, noise=noise.value, samples=samples)
     result.summary["steps"] = steps or int(segmenter.pipeline.config["num_inference_steps"])
+    result.summary["timesteps"] = timesteps.value if timesteps else segmenter.pipeline.config["timesteps"]
+    if split in (Part.test, Part.all) and selected_on_test(Path(model)):
+        result.summary["selected_on_test"] = True
+        print("warning: the test part chose this checkpoint (training.selection_part): these figures are optimistic")
     result.save(folder)
     for name, figures in result.summary["classes"].items():
         print(f"{name}: {_figure('Dice', figures['dice'])}, {_figure('IoU', figures['iou'])}", end="")
@@ -155,6 +195,7 @@ def predict(
     inputs: Annotated[list[Path], typer.Argument(help="Images, volumes, or folders of them.")],
     out: Annotated[Path, typer.Option(help="Folder for the masks and report.json.")],
     steps: StepsOption = None,
+    timesteps: TimestepsOption = None,
     noise: NoiseOption = NoiseKind.gaussian,
     samples: SamplesOption = 1,
     precision: PrecisionOption = PrecisionKind.fp32,
@@ -165,7 +206,12 @@ def predict(
     from leafseg.predict import load_segmenter, predict_files
 
     segmenter = load_segmenter(
-        model, num_inference_steps=steps, noise=noise.value, num_samples=samples, precision=precision.value
+        model,
+        num_inference_steps=steps,
+        timesteps=timesteps.value if timesteps else None,
+        noise=noise.value,
+        num_samples=samples,
+        precision=precision.value,
     )
     report = predict_files(segmenter, inputs, out, probability=probability, overlay=overlay, model_name=model)
     print(f"{len(report.written)} of {len(report.written) + len(report.failed)} files in {report.seconds:.1f} s: {out}")
@@ -214,6 +260,100 @@ def presets(
             print(
                 f"  {part:<16}{count if count is not None else '':>14}{f'{work:.1f}' if work is not None else '':>18}"
             )
+
+
+data_app = typer.Typer(name="data", help="Known data sets: list them, prepare a downloaded one.", no_args_is_help=True)
+app.add_typer(data_app)
+
+
+class Protocol(StrEnum):
+    clean = "clean"
+    paper = "paper"
+
+
+class Target(StrEnum):
+    cup = "cup"
+    disc = "disc"
+
+
+@data_app.command("catalog")
+def data_catalog(
+    name: Annotated[str | None, typer.Argument(help="One set; default: all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """The known data sets: what they show, how many images, terms, groups, protocols, and what to download."""
+    from dataclasses import asdict
+
+    from leafseg.data.catalog import KNOWN_SETS, known_set
+
+    sets = [known_set(name)] if name is not None else KNOWN_SETS
+    if as_json:
+        print(json.dumps({known.name: asdict(known) for known in sets}, indent=2))
+        return
+    for known in sets:
+        folders = ", ".join(f"{folder} {count}" for folder, count in known.images.items() if folder)
+        print(f"{known.name}: {known.title}")
+        print(f"  shows      {known.shows}")
+        print(f"  images     {known.total}{f' ({folders})' if folders else ''}")
+        print(f"  terms      {known.terms}")
+        print(f"  groups     {known.groups}")
+        print(f"  protocols  {', '.join(known.protocols)}{f' ({known.paper.remark})' if known.paper else ''}")
+        if known.targets:
+            print(f"  targets    {', '.join(known.targets)}")
+        print(f"  download   {known.archives}")
+        print(f"  unpacked   {known.expects}")
+
+
+@data_app.command("prepare")
+def data_prepare(
+    source: Annotated[Path, typer.Argument(help="The unpacked data set, or a folder one level above or below it.")],
+    out: Annotated[Path, typer.Option(help="New folder for manifest.csv, catalog.json, and masks that change.")],
+    dataset: Annotated[
+        str | None, typer.Option(help="See `leafseg data catalog`; default: recognised by its folders.")
+    ] = None,
+    protocol: Annotated[Protocol, typer.Option(help="clean: by group; paper: as published.")] = Protocol.clean,
+    target: Annotated[Target | None, typer.Option(help="refuge2: what the mask is; default: cup.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the paper protocol's random parts.")] = 1337,
+    validation_share: Annotated[
+        float, typer.Option(help="With --protocol paper: share of the training images held out for validation.")
+    ] = 0.0,
+) -> None:
+    """Recognise a data set as it is downloaded, pair its files, and write the split."""
+    from leafseg.data.catalog import prepare
+
+    done = prepare(
+        source,
+        out,
+        name=dataset,
+        protocol=protocol.value,
+        target=target.value if target else None,
+        seed=seed,
+        validation_share=validation_share,
+    )
+    counts = ", ".join(f"{part} {count}" for part, count in done.counts.items() if count or part != "unused")
+    print(f"{done.known.title} in {done.source}, protocol {done.protocol}: {counts}")
+    for warning in done.warnings:
+        print(f"warning: {warning}")
+    for note in done.notes:
+        print(f"note: {note}")
+    print(f"manifest: {done.manifest}")
+    print(f"train with --data {out}")
+
+
+@app.command()
+def slim(
+    model: Annotated[str, typer.Argument(help="A run, a pipeline folder, or a hub id.")],
+    out: Annotated[Path, typer.Option(help="New folder for the smaller model.")],
+    dtype: Annotated[WeightsKind, typer.Option(help="Number format of the weights.")] = WeightsKind.fp16,
+    decoder_only: Annotated[
+        bool, typer.Option("--decoder-only", help="Leave out the autoencoder's encoder: it can then not be trained on.")
+    ] = False,
+) -> None:
+    """A smaller copy of a model, for inference alone."""
+    from leafseg.model_folder import folder_bytes, slim_model
+
+    slim_model(model, out, dtype=dtype.value, decoder_only=decoder_only)
+    print(f"{out}: {folder_bytes(out) / 1e6:.1f} MB in {dtype.value}" + (", decoder only" if decoder_only else ""))
 
 
 @app.command("train-autoencoder")
@@ -271,6 +411,86 @@ def evaluate_autoencoder(
 
 
 @app.command()
+def stability(
+    models: Annotated[list[str], typer.Argument(help="Runs, pipeline folders, or hub ids to compare.")],
+    data: DataOption,
+    split: Annotated[Part, typer.Option(help="Which part of the data.")] = Part.test,
+    noise_seeds: Annotated[int, typer.Option(help="Noise draws an image, at least 2.")] = 10,
+    steps: Annotated[str, typer.Option(help="Numbers of reverse steps, with commas.")] = "1,2,5,10,20",
+    images: Annotated[int, typer.Option(min=0, help="Evenly spaced sample of the part; 0: all of it.")] = 50,
+    name: Annotated[list[str] | None, typer.Option(help="What to call a model; once for each, in order.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the page, its pictures and the tables.")] = Path("stability"),
+    split_file: SplitFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """How much masks change with the starting noise and the steps, for several models side by side."""
+    import shlex
+
+    from leafseg.config import load_settings
+    from leafseg.evaluation.report import require_report_packages
+    from leafseg.predict import out_is_usable
+    from leafseg.runs import SPLIT_FILE, is_run
+
+    names = _model_names(models, name)
+    numbers = [part.strip() for part in steps.split(",") if part.strip()]
+    if not numbers or not all(n.isascii() and n.isdigit() and int(n) for n in numbers):
+        raise ConfigError(f"--steps is {steps!r}; give whole numbers from 1, for example 1,2,5")
+    if noise_seeds < 2:
+        raise ConfigError(f"--noise-seeds is {noise_seeds}; a spread needs at least 2")
+    require_report_packages()
+    out_is_usable(out)
+    sources = {}
+    for model in models:
+        run = is_run(Path(model))
+        stored = Path(model) / SPLIT_FILE
+        settings = _data_settings(model, overrides) if run else load_settings(overrides=overrides or ()).data
+        sources[model] = (settings, stored if run and stored.is_file() else None)
+
+    from leafseg.evaluation.stability import (
+        evenly_spaced,
+        find_disagreements,
+        load_shared_manifest,
+        measure_stability,
+    )
+    from leafseg.evaluation.stability_page import write_page
+
+    manifest = load_shared_manifest(data, sources, part=split.value, split_file=split_file)
+    manifest = evenly_spaced(manifest, images)
+    result = measure_stability(
+        dict(zip(names, models, strict=True)),
+        manifest,
+        steps=[int(n) for n in numbers],
+        noise_seeds=range(noise_seeds),
+    )
+    result.summary["part"] = split.value
+    result.save(out)
+    examples = find_disagreements(result, manifest)
+    command = shlex.join(["leafseg", *sys.argv[1:]])
+    page = write_page(out, result, examples, part=split.value, command=command)
+    width = max(len(found) for found in names)
+    print(f"{'model':<{width}}  predicts      steps    Dice  sd over seeds  disagreement  ECE (draw)  ECE (mean)")
+    for compared in result.models:
+        for count in result.steps:
+            cells = [result.figure(compared.name, count, m) for m in ("dice_mean", "dice_std", "disagreement")]
+            cells += [result.figure(compared.name, count, m) for m in ("ece_draw", "ece_mean")]
+            figures = ["-" if cell is None else f"{cell['mean']:.4f}" for cell in cells]
+            line = "".join(f"{figure:>{size}}" for figure, size in zip(figures, (8, 15, 14, 12, 12), strict=True))
+            print(f"{compared.name:<{width}}  {compared.prediction_type:<12}{count:>7}{line}")
+    print(f"page: {page}; tables: {out / 'per_image.csv'}, {out / 'stability.json'}")
+
+
+def _model_names(models: list[str], names: list[str] | None) -> list[str]:
+    """The names given, else the folders' own."""
+    if names and len(names) != len(models):
+        raise ConfigError(f"--name is given {len(names)} times for {len(models)} models; give it once for each")
+    chosen = names or [Path(model).name or model for model in models]
+    double = next((found for found in chosen if chosen.count(found) > 1), None)
+    if double is not None:
+        raise ConfigError(f"two models are named {double!r}; tell them apart with --name, once for each model")
+    return chosen
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the run, the masks and report.html.")] = Path("demo"),
     minutes: Annotated[float, typer.Option(min=0.05, help="Training time.")] = 4.0,
@@ -281,6 +501,119 @@ def demo(
 
     page = run_demo(out, minutes=minutes, seed=seed)
     print(f"open {page}")
+
+
+@app.command()
+def ablate(
+    data: Annotated[list[Path], typer.Option(help="Folder with images/ and masks/, or a CSV; repeat for more.")],
+    out: Annotated[Path, typer.Option(help="Folder for runs, splits, records and tables.")],
+    preset: Annotated[str, typer.Option(help="See `leafseg presets`.")] = "leaf-tiny",
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings on top of the preset.")] = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(help="SETTING=VALUE,VALUE; repeatable. Default: prediction type x alignment on and off."),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds of every cell, comma-separated.")] = "1337,1338",
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of every run.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="Budget of the slowest run.")] = None,
+    split: Annotated[Part, typer.Option(help="Which part is evaluated.")] = Part.test,
+    inference_steps: Annotated[
+        str, typer.Option(help="Reverse steps to evaluate with, comma-separated; the tables show the first.")
+    ] = "1",
+    records: Annotated[Path | None, typer.Option(help="JSON lines to append to; default: OUT/runs.jsonl.")] = None,
+    keep_runs: Annotated[bool, typer.Option(help="Keep the models of finished runs.")] = True,
+    overrides: Overrides = None,
+) -> None:
+    """Train a grid of settings with several seeds on one stored split; tables with paired differences."""
+    from leafseg.ablate import DEFAULT_AXES, calibrated_steps, parse_axis, run_ablation
+    from leafseg.config import load_settings, override_settings
+
+    if (steps is None) == (minutes is None):
+        raise ConfigError("give one of --steps and --minutes: all runs of an ablation take equal steps")
+    dotted = _with_training_options(overrides, steps=steps, minutes=None)
+    settings = load_settings(preset, file=config, overrides=dotted)
+    weight = settings.objective.alignment_weight
+    axes = [parse_axis(text) for text in vary or [text.format(weight=weight) for text in DEFAULT_AXES]]
+    seed_list = _integers("--seeds", seeds)
+    if minutes is not None:
+        budget = calibrated_steps(settings, data[0], out, axes=axes, seed=seed_list[0], minutes=minutes)
+        settings = override_settings(settings, [f"training.steps={budget}"])
+    result = run_ablation(
+        settings,
+        data,
+        out,
+        axes=axes,
+        seeds=seed_list,
+        part=split.value,
+        inference_steps=_integers("--inference-steps", inference_steps),
+        records=records,
+        keep_runs=keep_runs,
+    )
+    print(f"{result.finished} of {result.total} runs: {result.report}")
+    for reason in result.failed.values():
+        print(f"error: {reason}", file=sys.stderr)
+    if result.interrupted:
+        print("continue with the same command")
+    if result.failed:
+        raise typer.Exit(_BAD_INPUT)
+
+
+def _integers(option: str, text: str) -> list[int]:
+    """Positive or zero integers of a comma-separated list, without repeats."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts) or len(set(parts)) < len(parts):
+        raise ConfigError(f"{option} is {text!r}; write different whole numbers with commas between, such as 1,2")
+    return [int(part) for part in parts]
+
+
+class WeightType(StrEnum):
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
+class TargetLayout(StrEnum):
+    released = "released"
+
+
+class PredictionKind(StrEnum):
+    sample = "sample"
+    epsilon = "epsilon"
+    v_prediction = "v_prediction"
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(help="lsun_churches or kl-f8 file, a folder with both, or a released LEAF folder or hub id."),
+    ],
+    out: Annotated[Path, typer.Option(help="New folder for the model.")],
+    vae: Annotated[str | None, typer.Option(help="The autoencoder, where SOURCE has none: file or folder.")] = None,
+    to: Annotated[
+        TargetLayout | None, typer.Option(help="released: SOURCE is a run or pipeline, written for the released code.")
+    ] = None,
+    dtype: Annotated[WeightType | None, typer.Option(help="Type of the weights; default: the source's own.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Where schedule and preprocessing come from if SOURCE has none.")
+    ] = None,
+    prediction_type: Annotated[
+        PredictionKind | None, typer.Option(help="Instead of the source's own or the preset's.")
+    ] = None,
+) -> None:
+    """Convert published weights into a model, and a model into the released layout."""
+    from leafseg.convert import convert as run_conversion
+
+    report = run_conversion(
+        source,
+        out,
+        vae=vae,
+        to=to.value if to else None,
+        dtype=dtype.value if dtype else None,
+        preset=preset,
+        prediction_type=prediction_type.value if prediction_type else None,
+    )
+    print("\n".join(report.lines()))
 
 
 def _with_training_options(

@@ -17,6 +17,9 @@ from leafseg.errors import ConfigError
 
 PredictionType = Literal["sample", "epsilon", "v_prediction"]
 Noise = Literal["gaussian", "zeros"]
+WeightsDtype = Literal["fp32", "fp16", "bf16"]
+AlignmentReduction = Literal["mean", "mean_over_batch"]
+TimestepSpacing = Literal["trailing", "released"]
 
 
 class SettingsModel(BaseModel):
@@ -134,6 +137,11 @@ class ObjectiveSettings(SettingsModel):
     alignment_weight: float = Field(
         0.75, ge=0, description="lambda of the paper; a true mean, independent of the batch"
     )
+    alignment_reduction: AlignmentReduction = Field(
+        "mean",
+        description="mean: independent of the batch; mean_over_batch: that mean divided by the batch once more, as the "
+        "released code does, so that the weight acts as weight / B",
+    )
     alignment_tap: int = Field(0, ge=0, description="down block whose output (after its downsampler) is aligned")
     terminal_fraction: float = Field(
         0.0,
@@ -145,7 +153,7 @@ class ObjectiveSettings(SettingsModel):
 
 
 class SchedulerSettings(SettingsModel):
-    """Noise schedule; timesteps are always trailing, so that one loop serves 1..N steps."""
+    """Noise schedule of training; which timesteps inference visits is ``inference.timesteps``."""
 
     num_train_timesteps: int = Field(1000, ge=2)
     beta_start: float = 0.0015
@@ -174,6 +182,46 @@ class TrainingSettings(SettingsModel):
     validations: int = Field(10, ge=0, description="validations over the run, evenly spaced; the last step is one")
     validation_samples: int = Field(256, ge=1, description="at most so many validation samples a time, the same ones")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints; default: at each validation")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="compute activations again in the backward pass instead of keeping them: less memory, about a "
+        "third more time, the same gradients",
+    )
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="adamw: torch's fused AdamW; adamw_8bit: its two moments in 8 bits (leafseg[optim8])"
+    )
+    inference_dtype: WeightsDtype = Field(
+        "fp32",
+        description="number format of the saved inference folder; the frozen autoencoder is rounded to it before "
+        "training begins, so that training sees the decoder that will be used",
+    )
+    # What the released code does otherwise; the defaults are the corrected behaviour.
+    ema_parts: Literal["all", "unet"] = Field(
+        "all", description="what is averaged; unet leaves the image encoder raw, in validation and in the saved model"
+    )
+    train_mode_after_validation: Literal["at_once", "next_epoch"] = Field(
+        "at_once",
+        description="when dropout acts again after a validation; next_epoch: with the next pass over the training set "
+        "(needs validate_every)",
+    )
+    validate_every: int | None = Field(
+        None, ge=1, description="validate after every so many steps; replaces validations"
+    )
+    validate_from: int = Field(0, ge=0, description="with validate_every: no validation before this step")
+    selection_part: Literal["validation", "test"] = Field(
+        "validation", description="part that chooses the checkpoint; test makes every figure on it optimistic"
+    )
+    validation_resolution: Literal["original", "input"] = Field(
+        "original", description="grid of validation figures: the image's own, or the network's (truth resized, nearest)"
+    )
+    weight_decay_on: Literal["kernels", "all"] = Field(
+        "kernels", description="kernels: matrices and kernels only; all: norms and biases too"
+    )
+
+    @property
+    def validates(self) -> bool:
+        """Whether any validation may be due."""
+        return self.validate_every is not None or self.validations > 0
 
     @model_validator(mode="after")
     def _one_budget(self) -> TrainingSettings:
@@ -181,9 +229,21 @@ class TrainingSettings(SettingsModel):
             raise ValueError("steps and minutes are both set; give one of them")
         return self
 
+    @model_validator(mode="after")
+    def _validations_are_at_known_steps(self) -> TrainingSettings:
+        if self.train_mode_after_validation == "next_epoch" and self.validate_every is None:
+            # Evenly spaced validations move with the budget: a resumed run could not tell when dropout was off.
+            raise ValueError("train_mode_after_validation is next_epoch, which needs validate_every; set it too")
+        return self
+
 
 class InferenceSettings(SettingsModel):
     num_inference_steps: int = Field(1, ge=1)
+    timesteps: TimestepSpacing = Field(
+        "trailing",
+        description="trailing: from the last timestep, whatever their number; released: the released code's (the last "
+        "one for one step, [800, 600, 400, 200, 0] for five)",
+    )
 
 
 class Settings(SettingsModel):
@@ -274,6 +334,17 @@ class AutoencoderTrainingSettings(SettingsModel):
     statistics_samples: int = Field(60, ge=1, description="training masks a set that latent statistics are taken from")
     cache_mb: int = Field(1500, ge=0, description="decoded samples kept in memory")
 
+    @model_validator(mode="after")
+    def _settings_of_the_segmentation_alone(self) -> AutoencoderTrainingSettings:
+        only = ("ema_parts", "selection_part", "validation_resolution", "inference_dtype")
+        changed = [n for n in only if getattr(self.training, n) != TrainingSettings.model_fields[n].default]
+        if changed:
+            raise ValueError(
+                f"training.{', training.'.join(changed)} means nothing for an autoencoder, which is saved in half "
+                "precision; leave it at its default"
+            )
+        return self
+
 
 _TINY = {
     "preset": "leaf-tiny",
@@ -325,14 +396,39 @@ _TINY = {
     },
 }
 
+# The released code where it differs from leaf-base, one named setting a difference: docs/reference-preset.md.
+_REFERENCE: dict[str, Any] = {
+    "preset": "leaf-reference",
+    "data": {
+        "augmentation": {"horizontal_flip": True, "vertical_flip": True},
+        "mask_threshold": 128,
+    },
+    "teacher": {"name": "facebook/dinov2-with-registers-base"},
+    "objective": {"alignment_weight": 0.75, "alignment_reduction": "mean_over_batch"},
+    "scheduler": {"beta_schedule": "linear", "clip_sample": True},
+    "inference": {"timesteps": "released"},
+    "training": {
+        "steps": 100_000,
+        "ema_parts": "unet",
+        "weight_decay_on": "all",
+        "validate_every": 200,
+        "validate_from": 30_000,
+        "validation_samples": 100_000,
+        "validation_resolution": "input",
+        "train_mode_after_validation": "next_epoch",
+        "selection_part": "test",
+    },
+}
+
 _PRESETS: dict[str, dict[str, Any]] = {
     # The paper's sizes; the released code's slips corrected (docs/explanation.md lists them).
     "leaf-base": {
         "preset": "leaf-base",
         "data": {"augmentation": {"horizontal_flip": True, "vertical_flip": True}},
         "teacher": {"name": "facebook/dinov2-with-registers-base"},
-        "training": {"steps": 100_000},
+        "training": {"steps": 100_000, "inference_dtype": "fp16"},
     },
+    "leaf-reference": _REFERENCE,
     "leaf-tiny": _TINY,
 }
 

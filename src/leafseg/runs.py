@@ -12,6 +12,7 @@ from leafseg.errors import CheckpointError
 RUN_FILE = "run.json"
 SPLIT_FILE = "split.csv"
 PIPELINE_FOLDER = "pipeline"
+TRAINER_FILES = ("weights.safetensors", "ema.safetensors", "optimizer.pt")
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -30,6 +31,27 @@ def checkpoint_steps(run: Path) -> list[int]:
     folder = run / "checkpoints"
     steps = [step_of(path) for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(step for step in steps if step is not None)
+
+
+def has_trainer_state(checkpoint: Path) -> bool:
+    """Whether a training can continue from this checkpoint; an older one, kept as the best, holds a model only."""
+    return all((checkpoint / "trainer" / name).is_file() for name in TRAINER_FILES)
+
+
+def run_of(model: Path) -> Path | None:
+    """The run that a model belongs to: itself, or the run whose checkpoint or pipeline folder it is; None elsewhere."""
+    here = model.resolve()  # RUN/pipeline is a link into the checkpoints
+    return next((folder for folder in (here, *list(here.parents)[:3]) if is_run(folder)), None)
+
+
+def selected_on_test(model: Path) -> bool:
+    """Whether the test part chose this model's checkpoint, as its run's record says."""
+    run = run_of(model)
+    try:
+        record = json.loads((run / RUN_FILE).read_text())["record"] if run is not None else {}
+        return bool(record["settings"]["training"]["selection_part"] == "test")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def best_checkpoint(run: Path) -> Path:

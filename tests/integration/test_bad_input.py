@@ -182,7 +182,7 @@ def test_a_model_is_not_run_on_data_that_is_not_there(cli: Cli, trained: Path, t
         (("--set", "teacher.name=./nowhere", "--set", "objective.alignment_weight=1"), "no such folder"),
         (("--set", "model.autoencoder.weights=./nowhere"), "no config.json"),
         (("--set", "model.autoencoder.weights=packaged:nothing"), "the package ships"),
-        (("--preset", "leaf-huge"), "known are leaf-base, leaf-tiny"),
+        (("--preset", "leaf-huge"), "known are leaf-base, leaf-reference, leaf-tiny"),
         (("--preset", "leaf-tinny"), "did you mean 'leaf-tiny'?"),
         (("--steps", "3", "--minutes", "1"), "give one of them"),
         (("--split-file", "nowhere.csv"), "nowhere.csv"),
@@ -315,7 +315,7 @@ def test_a_damaged_model_ends_in_one_sentence(
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "ema.safetensors", "optimizer.pt", "state.json"])
 @pytest.mark.parametrize("damage", ["cut", "missing"])
-def test_a_damaged_checkpoint_is_not_resumed_from_but_the_one_before_is(
+def test_a_damaged_checkpoint_is_not_resumed_from_and_its_model_can_be_started_from(
     cli: Cli, trained: Path, tiny_config: Path, data: Path, tmp_path: Path, name: str, damage: str
 ) -> None:
     run = shutil.copytree(trained, tmp_path / "run")
@@ -325,13 +325,13 @@ def test_a_damaged_checkpoint_is_not_resumed_from_but_the_one_before_is(
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     else:
         path.unlink()
-    resume = ("train", "--config", tiny_config, "--data", data, "--out", run, "--resume", "auto")
-    ended = cli(*resume)
+    command = ("train", "--config", tiny_config, "--data", data)
+    ended = cli(*command, "--out", run, "--resume", "auto")
     assert f"{last}: the checkpoint is damaged" in ended.error
-    assert "remove this folder" in ended.error
+    advice = f"--init-from {last / 'pipeline'}"
+    assert advice in ended.error
     if name == "weights.safetensors" and damage == "cut":  # the advice works
-        shutil.rmtree(last)
-        assert "finished at step 4 of 4" in cli(*resume).stdout
+        assert "finished at step 4 of 4" in cli(*command, *advice.split(), "--out", tmp_path / "new").stdout
 
 
 def test_a_checkpoint_of_another_model_is_not_resumed_from(

@@ -198,6 +198,6 @@ def test_an_autoencoder_is_trained_evaluated_and_carries_a_model(
 
 def test_presets_are_listed_with_their_sizes(cli: Cli) -> None:
     listed = json.loads(cli("presets", "--json").stdout)
-    assert set(listed) == {"leaf-base", "leaf-tiny"}
+    assert set(listed) == {"leaf-base", "leaf-reference", "leaf-tiny"}
     assert all(entry["parameters"]["unet"] > 0 for entry in listed.values())
     assert "leaf-tiny: 128x128 input" in cli("presets").stdout

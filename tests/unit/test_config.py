@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -236,3 +237,28 @@ def test_the_autoencoders_settings_take_overrides_and_refuse_unknown_names() -> 
     assert load_autoencoder_settings(overrides=["training.minutes=3"]).training.steps is None
     with pytest.raises(ConfigError, match="did you mean 'kl_weight'"):
         load_autoencoder_settings(overrides=["kl_wieght=1"])
+
+
+def test_every_difference_of_the_reference_preset_is_a_documented_setting() -> None:
+    def flat(values: dict, prefix: str = "") -> dict:
+        if not isinstance(values, dict):
+            return {prefix.removesuffix("."): values}
+        return {k: v for name, value in values.items() for k, v in flat(value, f"{prefix}{name}.").items()}
+
+    base, reference = (flat(load_settings(name).model_dump(mode="json")) for name in ("leaf-base", "leaf-reference"))
+    differing = {name for name in base if base[name] != reference[name]} - {"preset"}
+    page = (REPOSITORY / "docs" / "reference-preset.md").read_text()
+    named = set(re.findall(r"^\| ([^|]+) \|", page, flags=re.MULTILINE))
+    documented = {name for cell in named for name in re.findall(r"`([a-z_.]+)`", cell)}
+    assert documented == differing
+    released = {
+        "scheduler.beta_start": 0.0015,
+        "scheduler.beta_end": 0.0155,
+        "scheduler.beta_schedule": "linear",
+        "scheduler.clip_sample": True,
+        "objective.alignment_weight": 0.75,
+        "objective.alignment_reduction": "mean_over_batch",
+        "training.selection_part": "test",
+        "training.ema_parts": "unet",
+    }
+    assert {name: reference[name] for name in released} == released

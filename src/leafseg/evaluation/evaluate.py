@@ -18,10 +18,12 @@ import torch
 
 from leafseg.data.images import read_image, read_mask
 from leafseg.data.manifest import LabelMap, Manifest, Sample
+from leafseg.data.transforms import Preprocessor
 from leafseg.errors import DataError
 from leafseg.evaluation.intervals import bootstrap_mean
 from leafseg.evaluation.metrics import dice_and_iou
 from leafseg.files import write_json_atomic, write_text_atomic
+from leafseg.pipeline import LeafPipeline
 from leafseg.predict import Segmentation, Segmenter
 from leafseg.progress import Bar, progress_bar
 
@@ -69,8 +71,10 @@ class Evaluation:
         write_json_atomic(folder / "summary.json", self.summary)
 
 
-def evaluate(segmenter: Segmenter, manifest: Manifest, *, seed: int = 0) -> Evaluation:
-    """Evaluate every sample of a manifest (normally one part).
+def evaluate(
+    segmenter: Segmenter, manifest: Manifest, *, seed: int = 0, grid: Preprocessor | None = None
+) -> Evaluation:
+    """Evaluate every sample of a manifest (normally one part); ``grid`` as in :func:`evaluate_samples`.
 
     Raises:
         DataError: if there are no samples, or the model's classes are not the data's.
@@ -84,21 +88,40 @@ def evaluate(segmenter: Segmenter, manifest: Manifest, *, seed: int = 0) -> Eval
             "or choose the foreground with --set data.foreground_labels=[1]"
         )
     with progress_bar("evaluation", total=len(manifest)) as bar:
-        rows = tuple(evaluate_samples(segmenter, manifest.samples, manifest.label_map, bar=bar))
+        rows = tuple(evaluate_samples(segmenter, manifest.samples, manifest.label_map, bar=bar, grid=grid))
     return Evaluation(rows=rows, summary={**summarise(rows, seed=seed), "split_sha256": manifest.split_sha256})
 
 
 def evaluate_samples(
-    segmenter: Segmenter, samples: Sequence[Sample], label_map: LabelMap, *, bar: Bar | None = None
+    segmenter: Segmenter,
+    samples: Sequence[Sample],
+    label_map: LabelMap,
+    *,
+    bar: Bar | None = None,
+    grid: Preprocessor | None = None,
 ) -> Iterator[EvaluationRow]:
-    """Rows of samples, one an image and foreground class."""
+    """Rows of samples, one an image and foreground class.
+
+    Args:
+        segmenter: the model.
+        samples: images with masks.
+        label_map: mask values to class ids.
+        bar: advanced after each sample.
+        grid: measure on the network's grid instead of the image's own: image and truth (nearest) are resized by this
+            preprocessor first. The segmenter must take floats in 0..1 as they are (:func:`input_grid_pipeline`).
+    """
     for start in range(0, len(samples), _BATCH):
         chunk = samples[start : start + _BATCH]
         images = [read_image(sample.image, sample.frame) for sample in chunk]
+        if grid is not None:
+            images = [grid.apply(image)[0].permute(1, 2, 0).numpy() for image in images]
         for sample, result in zip(chunk, _segment(segmenter, chunk, images), strict=True):
             if sample.mask is None:
                 raise DataError(f"{sample.image}: no mask; evaluation needs one for every image")
             truth = label_map.apply(read_mask(sample.mask, sample.mask_frame), source=str(sample.mask))
+            if grid is not None:
+                size = (truth.shape[0], truth.shape[1])
+                truth = grid.apply_labels(truth, grid.placement(size)).numpy().astype(np.uint8)
             if truth.shape != result.labels.shape:
                 raise DataError(
                     f"{sample.mask}: mask is {truth.shape[1]}x{truth.shape[0]}, image is "
@@ -107,6 +130,16 @@ def evaluate_samples(
             yield from _rows(sample, truth, result.labels, segmenter.label_names)
             if bar is not None:
                 bar.advance()
+
+
+def input_grid_pipeline(pipeline: LeafPipeline) -> LeafPipeline:
+    """The pipeline for images that were brought to the network's grid before: floats in 0..1 are taken as they are.
+
+    Its modules are the given pipeline's own.
+    """
+    config = {k: v for k, v in pipeline.config.items() if k not in pipeline.components and not k.startswith("_")}
+    config["preprocessing"] = {**config["preprocessing"], "intensity": "range"}
+    return LeafPipeline(**pipeline.components, **config)
 
 
 def _segment(

@@ -1,7 +1,8 @@
-"""The frozen autoencoder of masks, the shipped compact one included: building, loading, latent scale."""
+"""The frozen autoencoder of masks, the shipped compact one included: building, loading, latent scale, decoder alone."""
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from importlib.resources import files
@@ -10,6 +11,9 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import Decoder
+from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -17,6 +21,68 @@ from leafseg.config import AutoencoderSettings
 from leafseg.errors import CheckpointError, ConfigError
 
 _PACKAGED = "packaged:"
+
+DECODER_ONLY = (
+    "holds the decoder of its autoencoder only (leafseg slim --decoder-only), and this needs the encoder too; use the "
+    "model it was made from"
+)
+
+
+class MaskDecoder(ModelMixin, ConfigMixin):
+    """Decoder and ``post_quant_conv`` of an AutoencoderKL: all that inference needs of it.
+
+    Args are AutoencoderKL's of the same names.
+    """
+
+    __module__ = "leafseg"  # see MaskUNet
+
+    @register_to_config
+    def __init__(
+        self,
+        out_channels: int = 3,
+        up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",) * 4,
+        block_out_channels: tuple[int, ...] = (128, 256, 512, 512),
+        layers_per_block: int = 2,
+        act_fn: str = "silu",
+        latent_channels: int = 4,
+        norm_num_groups: int = 32,
+        sample_size: int = 256,
+        scaling_factor: float = 0.18215,
+        latents_mean: tuple[float, ...] | None = None,
+        latents_std: tuple[float, ...] | None = None,
+        use_post_quant_conv: bool = True,
+        mid_block_add_attention: bool = True,
+    ) -> None:
+        super().__init__()
+        self.decoder = Decoder(
+            in_channels=latent_channels,
+            out_channels=out_channels,
+            up_block_types=up_block_types,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_num_groups,
+            act_fn=act_fn,
+            mid_block_add_attention=mid_block_add_attention,
+        )
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
+
+    def decode(self, code: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+        """Pictures ``[B, 3, H, W]`` of a code ``[B, z, h, w]``, in a tuple of one as AutoencoderKL gives them."""
+        if return_dict:
+            raise ValueError("MaskDecoder.decode returns a tuple; call it with return_dict=False")
+        if self.post_quant_conv is not None:
+            code = self.post_quant_conv(code)
+        return (self.decoder(code),)
+
+    @classmethod
+    def from_autoencoder(cls, autoencoder: AutoencoderKL) -> MaskDecoder:
+        """The autoencoder's decoder; its weights are shared, not copied."""
+        names = list(inspect.signature(cls.__init__).parameters)[1:]
+        with torch.device("meta"):
+            decoder = cls(**{name: autoencoder.config[name] for name in names})
+        weights = autoencoder.state_dict()
+        decoder.load_state_dict({name: weights[name] for name in decoder.state_dict()}, assign=True)
+        return decoder.train(autoencoder.training).requires_grad_(False)
 
 
 def new_autoencoder(settings: AutoencoderSettings) -> AutoencoderKL:
@@ -93,6 +159,12 @@ def load_autoencoder(folder: Path) -> AutoencoderKL:
             f"{folder}: no config.json; an autoencoder is a folder that diffusers' save_pretrained wrote"
         )
     try:
+        decoder_only = json.loads((folder / "config.json").read_text()).get("_class_name") == "MaskDecoder"
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: config.json is damaged; copy or download the folder again") from error
+    if decoder_only:
+        raise CheckpointError(f"{folder}: {DECODER_ONLY}")
+    try:
         autoencoder, report = AutoencoderKL.from_pretrained(
             folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
@@ -157,7 +229,7 @@ def encode_pictures(autoencoder: AutoencoderKL, pictures: Tensor) -> Tensor:
     return scale_latent(code.reshape(batch, -1, *code.shape[-2:]), autoencoder.config)
 
 
-def decode_pictures(autoencoder: AutoencoderKL, latent: Tensor) -> Tensor:
+def decode_pictures(autoencoder: AutoencoderKL | MaskDecoder, latent: Tensor) -> Tensor:
     """Pictures ``[B, P*3, H, W]``, about -1..1, of a mask latent ``[B, P*z, h, w]``."""
     code = unscale_latent(latent, autoencoder.config)
     single = code.reshape(-1, int(autoencoder.config["latent_channels"]), *code.shape[-2:])

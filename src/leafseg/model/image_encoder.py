@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffusers import AutoencoderKL
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution, Encoder
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+
+from leafseg.model.recompute import recompute_activations, recomputes
 
 
 class ImageEncoder(ModelMixin, ConfigMixin):
@@ -52,6 +56,14 @@ class ImageEncoder(ModelMixin, ConfigMixin):
         """Code ``[B, latent_channels, H/8, W/8]`` of images ``[B, 3, H, W]`` in -1..1, before latent scaling."""
         mode: Tensor = DiagonalGaussianDistribution(self.quant_conv(self.encoder(images))).mode()
         return mode
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return recomputes(self)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None) -> None:
+        """What diffusers' ``enable_gradient_checkpointing`` calls; see :meth:`MaskUNet._set_gradient_checkpointing`."""
+        recompute_activations(self, enable)
 
     @classmethod
     def from_autoencoder(cls, autoencoder: AutoencoderKL, *, dropout: float = 0.0) -> ImageEncoder:

@@ -9,6 +9,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
+from leafseg.model.recompute import recompute_activations, recomputes
+
 
 class MaskUNet(UNet2DModel):
     """UNet2DModel whose attention has ``num_attention_heads`` heads at every level, as LDM's U-Net has.
@@ -116,6 +118,14 @@ class MaskUNet(UNet2DModel):
         finally:
             handle.remove()
         return prediction, taps[0]
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return recomputes(self)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None) -> None:
+        """What diffusers' ``enable_gradient_checkpointing`` calls; its own would leave attention and resampling out."""
+        recompute_activations(self, enable)
 
     def tap_channels(self, tap_block: int) -> int:
         return int(self.config["block_out_channels"][tap_block])

@@ -22,6 +22,7 @@ from leafseg.errors import ConfigError, DataError
 from leafseg.evaluation.round_trip import AUTOENCODER_FOLDER, mask_round_trip_dice
 from leafseg.mask_code import BinaryMaskCode
 from leafseg.model.autoencoder import new_autoencoder
+from leafseg.model.recompute import recompute_activations
 from leafseg.objective import pixel_loss
 from leafseg.training.task import Autocast, Validation
 
@@ -124,6 +125,8 @@ class AutoencoderTask:
         # Seeded here, so that the same settings start from the same weights in every process.
         torch.manual_seed(rng.torch_seed(settings.training.seed, "initial-weights", 0))
         self._trainable = _Trainable(new_autoencoder(model))
+        if settings.training.gradient_checkpointing:
+            recompute_activations(self._trainable)
         self.module: nn.Module = self._trainable
         self.names = [_set_name(m) for m in manifests]
         preprocessor = Preprocessor(settings.preprocessing)
@@ -198,7 +201,7 @@ class AutoencoderTask:
             score=float(np.mean(list(means.values()))), metrics={f"round_trip_dice/{k}": v for k, v in means.items()}
         )
 
-    def save_inference(self, folder: Path) -> None:
+    def save_inference(self, folder: Path, *, earlier: Path | None = None) -> None:
         """The autoencoder in half precision, with the latent statistics of the training masks."""
         stored = AutoencoderKL.from_config(self.autoencoder.config)
         stored.load_state_dict(self.autoencoder.state_dict())

@@ -1,7 +1,9 @@
 """Checkpoints on disk: written beside, fsynced, renamed. A kill at any moment leaves the previous one whole.
 
 ``RUN/checkpoints/step-000500/`` holds the inference folder (EMA weights) and ``trainer/`` (raw weights, EMA, optimizer,
-state). A folder under its final name is complete by construction; anything else is a leftover and is removed.
+state: the trained parts alone). A folder under its final name is complete by construction; anything else is a leftover
+and is removed. Only the last checkpoint keeps what a continued training needs; an older one that is kept as the best
+keeps its inference folder and ``trainer/state.json``.
 """
 
 from __future__ import annotations
@@ -21,7 +23,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from leafseg.errors import CheckpointError
-from leafseg.runs import best_checkpoint, checkpoint_folder, step_of
+from leafseg.runs import (
+    PIPELINE_FOLDER,
+    TRAINER_FILES,
+    best_checkpoint,
+    checkpoint_folder,
+    has_trainer_state,
+    step_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +93,9 @@ def save_checkpoint(
             f"{final}: the checkpoint cannot be written ({_reason(error)}); free space or choose another --out, then "
             "continue with --resume auto"
         ) from error
+    except CheckpointError:  # a weight that the inference folder's number format cannot hold
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return final
 
 
@@ -125,9 +137,22 @@ def load_checkpoint(folder: Path) -> LoadedCheckpoint:
         raise
     except Exception as error:  # torch.load raises many kinds on a damaged file; all mean the same to the user
         raise CheckpointError(
-            f"{folder}: the checkpoint is damaged ({_reason(error)}); remove this folder to continue from the "
-            "one before"
+            f"{folder}: the checkpoint is damaged ({_reason(error)}); {_what_to_do_instead(folder)}"
         ) from error
+
+
+def _what_to_do_instead(folder: Path) -> str:
+    """What a user can do who cannot continue from this checkpoint."""
+    others = [other for other in folder.parent.iterdir() if other != folder and step_of(other) is not None]
+    if any(has_trainer_state(other) for other in others):
+        return "remove this folder to continue from the one before"
+    models = [other for other in (folder, *others) if (other / PIPELINE_FOLDER).is_dir()]
+    if models:
+        return (
+            "only the last checkpoint keeps the trainer's state, so this training cannot go on: start another from its "
+            f"weights with --init-from {models[0] / PIPELINE_FOLDER} and another --out"
+        )
+    return "only the last checkpoint keeps the trainer's state: train again with another --out"
 
 
 def link_best(run: Path, folder: str) -> None:
@@ -145,13 +170,19 @@ def link_best(run: Path, folder: str) -> None:
         log.debug("%s: no link to the best checkpoint (%s)", link, _reason(error))
 
 
-def remove_other_checkpoints(run: Path, keep: set[int]) -> None:
-    """Keep the named steps; remove all others, and leftovers of interrupted saves."""
+def prune_checkpoints(run: Path, *, last: int, best: int | None) -> None:
+    """Keep the last checkpoint whole and the best one's model; remove all others, and leftovers of interrupted saves.
+
+    Called when the last one is complete under its final name: a kill at any moment leaves at worst files too many.
+    """
     folder = run / "checkpoints"
     for path in folder.iterdir() if folder.is_dir() else ():
         step = step_of(path)
-        if (step is not None and step not in keep) or path.name.endswith(_PARTIAL):
+        if (step is not None and step not in (last, best)) or path.name.endswith(_PARTIAL):
             shutil.rmtree(path, ignore_errors=True)
+        elif step is not None and step != last:
+            for name in TRAINER_FILES:
+                (path / "trainer" / name).unlink(missing_ok=True)
 
 
 def _fsync(path: Path) -> None:

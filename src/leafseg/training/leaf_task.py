@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ from leafseg.data.dataset import SegmentationDataset
 from leafseg.data.manifest import Manifest
 from leafseg.data.transforms import Preprocessor, augment_grid, unpack_augmentation
 from leafseg.errors import CheckpointError, DataError
-from leafseg.evaluation.evaluate import evaluate_samples, selection_score
-from leafseg.model.autoencoder import decode_pictures, encode_pictures, scale_latent
+from leafseg.evaluation.evaluate import evaluate_samples, input_grid_pipeline, selection_score
+from leafseg.model.autoencoder import DECODER_ONLY, MaskDecoder, decode_pictures, encode_pictures, scale_latent
 from leafseg.model.build import build_components, build_projector, tap_grid
 from leafseg.model.feature_cache import FeatureCache, cached_tokens
 from leafseg.model.image_encoder import ImageEncoder
 from leafseg.model.projector import Projector
+from leafseg.model.recompute import recompute_activations
 from leafseg.model.teachers import Teacher, load_teacher
 from leafseg.model.unet import MaskUNet
+from leafseg.model_folder import round_weights, save_model_folder
 from leafseg.objective import (
     add_noise,
     alignment_loss,
@@ -73,8 +75,9 @@ class LeafTask:
     Args:
         settings: the whole run's settings.
         manifest: all samples; the train part is learned, the validation part chooses the checkpoint, the test part is
-            never touched.
+            never touched (unless ``training.selection_part`` is test).
         init_from: a pipeline whose weights are the start (fine-tuning).
+        fill_cache: with cached teacher features, compute them all before training begins; else as they are asked for.
 
     Raises:
         DataError: if a part that is needed has no samples.
@@ -84,16 +87,31 @@ class LeafTask:
     kind = "leaf"
     pipeline_folder = PIPELINE_FOLDER
 
-    def __init__(self, settings: Settings, manifest: Manifest, *, init_from: LeafPipeline | None = None) -> None:
-        self.settings = settings
-        self._train, self._validation = manifest.part("train"), manifest.part("validation")
-        needed = {"train": self._train, **({"validation": self._validation} if settings.training.validations else {})}
-        for name, part in needed.items():
+    def __init__(
+        self,
+        settings: Settings,
+        manifest: Manifest,
+        *,
+        init_from: LeafPipeline | None = None,
+        fill_cache: bool = True,
+    ) -> None:
+        self.settings, self._fill = settings, fill_cache
+        selection = settings.training.selection_part
+        self._train, self._validation = manifest.part("train"), manifest.part(selection)
+        needed = [("train", self._train)]
+        if settings.training.validates:
+            needed.append((selection, self._validation))
+        for name, part in needed:
             if not len(part):
                 raise DataError(
                     f"{manifest.root}: no sample falls into the {name} part ({len(manifest)} in all); add images, or "
                     "give a split file with --split-file"
                 )
+        if selection == "test":
+            log.warning(
+                "training.selection_part is test: the TEST part chooses the checkpoint, so every figure on it will be "
+                "optimistic and none of them can be published as a test result"
+            )
         # Seeded here, so that the same settings start from the same weights in every process.
         torch.manual_seed(rng.torch_seed(settings.training.seed, "initial-weights", 0))
         self.parts = build_components(settings, label_names=manifest.label_map.names)
@@ -112,6 +130,12 @@ class LeafTask:
         )
         if init_from is not None:
             self._start_from(init_from)
+        # The decoder that training sees is the one that will be used; and a resumed run reads it back bit for bit.
+        round_weights(self.parts.autoencoder, settings.training.inference_dtype)
+        if settings.training.gradient_checkpointing:
+            for part in (self.parts.unet, self.parts.image_encoder):
+                part.enable_gradient_checkpointing()
+            recompute_activations(self.parts.autoencoder)  # the pixel loss goes back through its decoder
         self._grid = tap_grid(settings)
         self.teacher: Teacher | None = None
         projector = None
@@ -156,17 +180,19 @@ class LeafTask:
                 embed_dim=self.teacher.embed_dim,
                 max_mb=teacher.cache_mb,
             )
-            self._fill_cache()
+            if self._fill:
+                self.fill_cache(range(len(self._train)))
 
     def _feature_key(self, index: int) -> str:
         """Content and everything that decides what the teacher sees of it; augmentation is applied to the features."""
         preprocessing = hashlib.sha256(self.settings.data.preprocessing.model_dump_json().encode()).hexdigest()[:16]
         return f"{self._train.samples[index].sha256} {preprocessing}"
 
-    def _fill_cache(self) -> None:
+    def fill_cache(self, indices: Iterable[int]) -> int:
+        """Compute the teacher features of these training samples that are not cached; returns how many."""
         if self.teacher is None or self._cache is None:
-            return
-        missing = [i for i in range(len(self._train)) if self._cache.get(self._feature_key(i)) is None]
+            return 0
+        missing = [i for i in indices if self._cache.get(self._feature_key(i)) is None]
         plain = self._plain_training()
         with progress_bar("teacher features", total=len(missing)) as bar:
             for start in range(0, len(missing), _PREFILL_BATCH):
@@ -175,6 +201,7 @@ class LeafTask:
                 keys = [self._feature_key(i) for i in chunk]
                 cached_tokens(self.teacher, self._cache, keys, images, self._grid)
                 bar.advance(count=len(chunk))
+        return len(missing)
 
     def _plain_training(self) -> SegmentationDataset:
         """The training samples without augmentation."""
@@ -197,7 +224,9 @@ class LeafTask:
         parts = {"prediction": latent_loss(prediction, target)}
         loss = parts["prediction"]
         if tokens is not None:
-            parts["alignment"] = alignment_loss(tokens.float(), self._teacher_tokens(batch))
+            parts["alignment"] = alignment_loss(
+                tokens.float(), self._teacher_tokens(batch), reduction=goal.alignment_reduction
+            )
             loss = loss + goal.alignment_weight * parts["alignment"]
         if goal.pixel_weight > 0:
             # On every sample, whatever its timestep: a batch of another size each step would make the CPU's kernels be
@@ -253,14 +282,18 @@ class LeafTask:
             preprocessing=self.settings.data.preprocessing.model_dump(mode="json"),
             mask_code={"name": self.parts.mask_code.name, "label_names": list(self.parts.mask_code.label_names)},
             num_inference_steps=self.settings.inference.num_inference_steps,
+            timesteps=self.settings.inference.timesteps,
         )
 
     def validate(self, limit: int, rank: int, world_size: int) -> list[Mapping[str, Any]]:
         """Dice and IoU at original resolution, of the same evenly spaced samples every time."""
         count = min(limit, len(self._validation))
         chosen = [self._validation.samples[i * len(self._validation) // count] for i in range(count)][rank::world_size]
-        segmenter = PipelineSegmenter(self.pipeline(), autocast=self._autocast)
-        return [row.as_dict() for row in evaluate_samples(segmenter, chosen, self._validation.label_map)]
+        pipeline, grid = self.pipeline(), None
+        if self.settings.training.validation_resolution == "input":
+            pipeline, grid = input_grid_pipeline(pipeline), self.preprocessor
+        segmenter = PipelineSegmenter(pipeline, autocast=self._autocast)
+        return [row.as_dict() for row in evaluate_samples(segmenter, chosen, self._validation.label_map, grid=grid)]
 
     def summarise(self, rows: list[Mapping[str, Any]]) -> Validation:
         dice = [row["dice"] for row in rows if row["dice"] is not None]
@@ -270,10 +303,12 @@ class LeafTask:
             metrics["false_positive_rate"] = float(np.mean(empty))
         return Validation(score=selection_score(rows), metrics=metrics)
 
-    def save_inference(self, folder: Path) -> None:
-        self.pipeline().save_pretrained(folder, safe_serialization=True)
+    def save_inference(self, folder: Path, *, earlier: Path | None = None) -> None:
+        save_model_folder(self.pipeline(), folder, dtype=self.settings.training.inference_dtype, earlier=earlier)
 
     def _start_from(self, source: LeafPipeline) -> None:
+        if isinstance(source.vae, MaskDecoder):
+            raise CheckpointError(f"--init-from: the model {DECODER_ONLY}")
         for name, mine, theirs in (
             ("U-Net", self.parts.unet, source.unet),
             ("image encoder", self.parts.image_encoder, source.image_encoder),

@@ -56,8 +56,8 @@ def run_training(
         # Already begun: the trained weights come from the checkpoint, and the frozen autoencoder that they were trained
         # against from the pipeline beside them.
         source = str(out)
-    start = LeafPipeline.from_pretrained(source) if source is not None else None
-    task = LeafTask(settings, manifest, init_from=start)
+    # The pipeline has no name here: its weights are copied, and would stay in memory for the whole training.
+    task = LeafTask(settings, manifest, init_from=LeafPipeline.from_pretrained(source) if source is not None else None)
     if is_main_process():
         save_split(manifest, out / SPLIT_FILE)
     record = {

@@ -53,5 +53,8 @@ class TrainingTask(Protocol):
     def summarise(self, rows: list[Mapping[str, Any]]) -> Validation:
         """Figures of all processes' rows."""
 
-    def save_inference(self, folder: Path) -> None:
-        """Write the inference model with ``module`` as it is now."""
+    def save_inference(self, folder: Path, *, earlier: Path | None = None) -> None:
+        """Write the inference model with ``module`` as it is now.
+
+        ``earlier`` is such a folder of the same run: frozen parts may be linked to its files instead of written again.
+        """

@@ -13,38 +13,27 @@ import math
 import os
 import signal
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
-from diffusers.training_utils import EMAModel
-from torch import nn
-from torch.utils.data import DataLoader
-
-from leafseg import rng
-from leafseg.config import TrainingSettings
-from leafseg.data.dataset import PositionSampler
+from leafseg.config import Settings, TrainingSettings
 from leafseg.errors import CheckpointError, ConfigError
 from leafseg.files import write_json_atomic
 from leafseg.progress import progress_bar
-from leafseg.runs import RUN_FILE, best_checkpoint, checkpoint_folder, checkpoint_steps
+from leafseg.runs import RUN_FILE, best_checkpoint, checkpoint_folder, checkpoint_steps, has_trainer_state
 from leafseg.training.checkpoint import (
     TrainerState,
     link_best,
     load_checkpoint,
-    remove_other_checkpoints,
+    prune_checkpoints,
     save_checkpoint,
 )
-from leafseg.training.loading import loading_errors, obey_the_trainer_alone, signals_held_back
-from leafseg.training.precision import resolve_precision
-from leafseg.training.task import TrainingTask, Validation
+from leafseg.training.loading import loading_errors
+from leafseg.training.session import Session
+from leafseg.training.task import TrainingTask
 from leafseg.training.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -97,25 +86,9 @@ def train(
         CheckpointError: if a checkpoint is damaged or cannot be written.
     """
     started = time.monotonic()
-    AcceleratorState._reset_state()  # accelerate keeps one precision per process; runs of one process may differ
-    accelerator = Accelerator(
-        mixed_precision=resolve_precision(settings.precision),
-        cpu=not torch.cuda.is_available(),
-        step_scheduler_with_optimizer=False,
-    )
-    main = accelerator.is_main_process
-
     # --- what can be refused is refused before any work is done
     if settings.steps is None and settings.minutes is None:
         raise ConfigError("no budget: set --steps or --minutes")
-    local = settings.batch_size // accelerator.num_processes
-    micro = max(1, min(settings.micro_batch_size or local, local))
-    if local * accelerator.num_processes != settings.batch_size or local % micro:
-        raise ConfigError(
-            f"training.batch_size is {settings.batch_size}; it must be a multiple of {accelerator.num_processes} "
-            f"process(es) times training.micro_batch_size {micro}"
-        )
-    micro_steps = local // micro
 
     # --- the run's folder: new, or the same training as before
     run_file = run / RUN_FILE
@@ -126,142 +99,63 @@ def train(
                 f"{run}: already holds a training; continue it with --resume auto or choose another --out"
             )
         _same_record(run_file, stored["record"], record)
-    last = checkpoint_steps(run)[-1] if stored is not None and checkpoint_steps(run) else None
+    last = last_trainer_state(run) if stored is not None else None
 
-    # --- modules, optimizer, EMA
-    torch.manual_seed(settings.seed)  # nothing draws from it; a module that did would at least do so repeatably
-    module = task.module.to(accelerator.device)
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing from torch's stubs
-    task.prepare(accelerator.device, accelerator.autocast, run)
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(_parameter_groups(module, settings), lr=settings.learning_rate, fused=True)
-    ema = EMAModel(parameters, decay=settings.ema_decay, foreach=True)
-    ema.to(device=accelerator.device)
+    # --- modules, optimizer, EMA; then what the last checkpoint holds of them
+    session = Session(task, settings, run, workers=workers)
     best: tuple[float, int] | None = None
     step = 0
     if last is not None:
-        checkpoint = load_checkpoint(checkpoint_folder(run, last))
-        _load_weights(module, checkpoint.weights, checkpoint_folder(run, last))
-        optimizer.load_state_dict(checkpoint.optimizer)
-        ema.load_state_dict({"shadow_params": checkpoint.ema, "optimization_step": checkpoint.state.ema_step})
-        ema.to(device=accelerator.device)
-        if accelerator.scaler is not None and checkpoint.scaler is not None:
-            accelerator.scaler.load_state_dict(checkpoint.scaler)
-        step = checkpoint.state.step
-        if checkpoint.state.best_score is not None and checkpoint.state.best_step is not None:
-            best = (checkpoint.state.best_score, checkpoint.state.best_step)
-        del checkpoint  # its weights would stay in memory for the whole training
-    prepared, optimizer = accelerator.prepare(module, optimizer)
-
-    # --- batches: a stream of global sample positions, cut by process and micro-batch
-    def batches(first_step: int, steps: int) -> Iterator[list[dict[str, torch.Tensor]]]:
-        """The micro-batches of each optimizer step."""
-        sampler = PositionSampler(
-            n=len(task.dataset),  # type: ignore[arg-type]
-            seed=settings.seed,
-            start_position=first_step * settings.batch_size,
-            batch_size_global=settings.batch_size,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            micro_batch=micro,
-            num_steps=steps,
-        )
-        loader = DataLoader(
-            task.dataset,
-            batch_sampler=sampler,
-            num_workers=workers,
-            multiprocessing_context="spawn" if workers else None,  # fork after torch's thread pool may hang
-            worker_init_fn=obey_the_trainer_alone,
-            pin_memory=accelerator.device.type == "cuda",
-        )
-        parts = []
-        with signals_held_back(workers > 0):
-            iterator = iter(loader)
-        for batch in iterator:
-            parts.append({k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()})
-            if len(parts) == micro_steps:
-                yield parts
-                parts = []
-
-    def backward(parts: list[dict[str, torch.Tensor]], at_step: int) -> dict[str, float]:
-        """Gradients of one optimizer step; the mean of each loss part over its micro-batches and processes."""
-        sums: dict[str, float] = defaultdict(float)
-        for index, batch in enumerate(parts):
-            with accelerator.no_sync(prepared) if index < micro_steps - 1 else nullcontext(), torch.random.fork_rng():
-                # Dropout only knows torch's own generator: seed it for this micro-batch alone.
-                position = (at_step * micro_steps + index) * accelerator.num_processes + accelerator.process_index
-                torch.manual_seed(rng.torch_seed(settings.seed, "dropout", position))
-                losses = task.loss(prepared, batch, settings.seed)
-                accelerator.backward(losses["loss"] / micro_steps)
-            for name, value in losses.items():
-                sums[name] += float(value.detach()) / micro_steps
-        if accelerator.num_processes > 1:  # DDP averages gradients; the figures are averaged here
-            mean = accelerator.reduce(torch.tensor(list(sums.values()), device=accelerator.device), "mean")
-            return dict(zip(sums, mean.tolist(), strict=True))
-        return sums
-
-    def with_ema(action: Any) -> Any:
-        """Run an action on the EMA weights in eval mode; raw weights and train mode return whatever happens."""
-        ema.store(parameters)
-        ema.copy_to(parameters)
-        module.eval()
-        try:
-            with torch.no_grad():
-                return action()
-        finally:
-            ema.restore(parameters)
-            module.train()
-
-    def validate() -> Validation:
-        rank, world = accelerator.process_index, accelerator.num_processes
-        rows = with_ema(lambda: task.validate(settings.validation_samples, rank, world))
-        return task.summarise(gather_object(rows) if world > 1 else rows)
+        state = session.load(checkpoint_folder(run, last))
+        step = state.step
+        if state.best_score is not None and state.best_step is not None:
+            best = (state.best_score, state.best_step)
 
     # --- budget: minutes become steps once, and the number is stored, so that the schedule can resume
-    module.train()
     if stored is not None:
         total = settings.steps or int(stored["total_steps"])
         if total < step:
             raise ConfigError(f"{run}: --steps is {total}, but the run is at step {step}; give at least as many")
         if settings.steps is None:
-            log.info("%s: the budget was turned into %d steps when the run began, and stays", run, total)
+            _explain_kept_budget(run, total, stored["record"], settings)
     elif settings.steps is not None:
         total = settings.steps
     else:
         with loading_errors():
-            total, calibration = _calibrate(settings, started, batches, backward, validate, optimizer, accelerator)
+            total, calibration = calibrate(session, started)
         record = {**record, "calibration": calibration}
-    if main:
+    if session.is_main:
         kept = {**(stored["record"] if stored else {}), **record}
         write_json_atomic(run_file, {"kind": task.kind, "total_steps": total, "record": kept})
-    accelerator.wait_for_everyone()
-    validate_at = _evenly_spaced(total, settings.validations)
+    session.accelerator.wait_for_everyone()
+    validate_at = validation_steps(settings, total)
     warmup = settings.warmup_steps if settings.schedule == "constant" else min(settings.warmup_steps, total // 10)
 
     def save() -> None:
-        if main:
-            state = TrainerState(
-                step=step,
-                total_steps=total,
-                best_step=best[1] if best else None,
-                best_score=best[0] if best else None,
-                ema_step=ema.optimization_step,
-            )
-            with_ema(
+        if session.is_main:
+            scaler = session.accelerator.scaler
+            before = checkpoint_steps(run)
+            earlier = checkpoint_folder(run, before[-1]) / task.pipeline_folder if before else None
+            session.with_ema(
                 lambda: save_checkpoint(
                     run,
-                    state=state,
-                    # with_ema has put the EMA weights into the module: the raw ones are in its store.
-                    weights=_raw_state(module, parameters, ema.temp_stored_params),
-                    ema=ema.shadow_params,
-                    optimizer=optimizer.state_dict(),
-                    scaler=accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-                    write_inference=lambda folder: task.save_inference(folder / task.pipeline_folder),
+                    state=TrainerState(
+                        step=step,
+                        total_steps=total,
+                        best_step=best[1] if best else None,
+                        best_score=best[0] if best else None,
+                        ema_step=session.ema.optimization_step,
+                    ),
+                    weights=session.raw_weights(),
+                    ema=session.ema.shadow_params,
+                    optimizer=session.optimizer.state_dict(),
+                    scaler=scaler.state_dict() if scaler is not None else None,
+                    write_inference=lambda folder: task.save_inference(folder / task.pipeline_folder, earlier=earlier),
                 )
             )
             link_best(run, task.pipeline_folder)
-            remove_other_checkpoints(run, {step} | ({best[1]} if best else set()))
-        accelerator.wait_for_everyone()
+            prune_checkpoints(run, last=step, best=best[1] if best else None)
+        session.accelerator.wait_for_everyone()
 
     # --- the loop
     status: Literal["finished", "interrupted", "stopped"] = "finished"
@@ -270,38 +164,34 @@ def train(
     with (
         loading_errors(),
         _signals() as signalled,
-        Tracker(run, start_step=step) if main else nullcontext() as tracker,
-        progress_bar(task.kind, total=total, done=step, show=main) as bar,
+        Tracker(run, start_step=step) if session.is_main else nullcontext() as tracker,
+        progress_bar(task.kind, total=total, done=step, show=session.is_main) as bar,
     ):
         since, window = time.monotonic(), 0
-        for parts in batches(step, max(end - step, 0)):
+        for parts in session.batches(step, max(end - step, 0)):
             rate = learning_rate(settings, step, total, warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            losses = backward(parts, step)
+            session.module.train(in_train_mode(settings, step, session.samples))
+            losses = session.backward(parts, step)
             if not math.isfinite(losses["loss"]):
                 raise ConfigError(
                     f"the loss became {losses['loss']} at step {step}; lower training.learning_rate or use "
                     f"training.precision=fp32, then continue from the last checkpoint in {run} with --resume auto"
                 )
-            norm = accelerator.clip_grad_norm_(parameters, settings.clip_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            ema.step(parameters)
+            norm = session.update(rate)
             step += 1
             window += settings.batch_size
             bar.advance(f"loss {losses['loss']:.3f}")
-            interrupted = _agree(accelerator, signalled())
+            interrupted = session.agree(signalled())
             last_step = interrupted or step == end
             validating = step in validate_at
             if tracker is not None and (step % 10 == 0 or validating or last_step):
                 now = time.monotonic()
                 figures = {f"train/{k}": v for k, v in losses.items()}
-                figures |= {"train/learning_rate": rate, "train/gradient_norm": float(norm)}
+                figures |= {"train/learning_rate": rate, "train/gradient_norm": norm}
                 tracker.log(step, {**figures, "train/samples_per_second": window / (now - since)})
                 since, window = now, 0
             if validating:
-                result = validate()
+                result = session.validate()
                 if best is None or result.score > best[0]:
                     best = (result.score, step)
                 if tracker is not None:
@@ -342,49 +232,56 @@ def learning_rate(settings: TrainingSettings, step: int, total: int, warmup: int
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def _parameter_groups(module: nn.Module, settings: TrainingSettings) -> list[dict[str, Any]]:
-    """Weight decay for matrices and kernels only: norms and biases (one-dimensional) keep their scale."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+def in_train_mode(settings: TrainingSettings, step: int, samples: int) -> bool:
+    """Whether optimizer step ``step`` (0-based) is taken with dropout.
+
+    As the released code does it (``next_epoch``), a validation turns dropout off until the next pass over the training
+    set begins: until the first step whose first sample lies in it. A function of the step: a resumed run agrees.
+    """
+    every = settings.validate_every
+    if settings.train_mode_after_validation == "at_once" or every is None:
+        return True
+    newest = step // every * every  # validations stand after so many steps
+    if newest == 0 or newest < settings.validate_from:
+        return True
+    validated_in, now = ((s * settings.batch_size) // samples for s in (newest - 1, step))
+    return now > validated_in
 
 
-def _evenly_spaced(total: int, count: int) -> set[int]:
+def validation_steps(settings: TrainingSettings, total: int) -> set[int]:
+    """The numbers of done steps after which a validation is due."""
+    if settings.validate_every is not None:
+        return {
+            s for s in range(settings.validate_every, total + 1, settings.validate_every) if s >= settings.validate_from
+        }
+    count = settings.validations
     return {round(total * (i + 1) / count) for i in range(count)} - {0} if count else set()
 
 
-def _calibrate(
-    settings: TrainingSettings,
-    started: float,
-    batches: Any,
-    backward: Any,
-    validate: Any,
-    optimizer: Any,
-    accelerator: Accelerator,
-) -> tuple[int, dict[str, float]]:
-    """Steps that fit the minutes: times a few steps (nothing is updated) and one validation."""
+def calibrate(session: Session, started: float) -> tuple[int, dict[str, float]]:
+    """Steps that fit the minutes: times a few steps (nothing is updated) and one validation.
+
+    Args:
+        session: what will train.
+        started: when the budget began, on time.monotonic's clock.
+    """
+    settings = session.settings
     minutes = settings.minutes or 0.0
     times = []
     begin = time.monotonic()
-    for parts in batches(0, _CALIBRATION_WARMUP + _CALIBRATION_STEPS):  # loading counts: it delays steps as well
-        backward(parts, 0)
-        optimizer.zero_grad(set_to_none=True)
+    for parts in session.batches(0, _CALIBRATION_WARMUP + _CALIBRATION_STEPS):  # loading counts: it delays steps too
+        session.backward(parts, 0)
+        session.optimizer.zero_grad(set_to_none=True)
         times.append(time.monotonic() - begin)
         begin = time.monotonic()
     step_seconds = sorted(times[_CALIBRATION_WARMUP:])[_CALIBRATION_STEPS // 2]
     begin = time.monotonic()
-    if settings.validations:
-        validate()
+    if settings.validates:
+        session.validate()
     validation_seconds = time.monotonic() - begin
     used = time.monotonic() - started
-    left = (minutes * 60 - used) * _PLANNED_SHARE - validation_seconds * settings.validations
-    total = max(int(left / step_seconds), 1)
-    if accelerator.num_processes > 1:  # every process must run the same number
-        total = (
-            int(accelerator.reduce(torch.tensor(total, device=accelerator.device), "sum")) // accelerator.num_processes
-        )
+    left = (minutes * 60 - used) * _PLANNED_SHARE
+    total = session.mean_over_processes(_steps_in(left, settings, step_seconds, validation_seconds))
     return total, {
         "minutes": minutes,
         "seconds_per_step": round(step_seconds, 4),
@@ -394,20 +291,28 @@ def _calibrate(
     }
 
 
-def _raw_state(module: nn.Module, parameters: list[nn.Parameter], raw: Any) -> dict[str, torch.Tensor]:
-    by_id = {id(p): value for p, value in zip(parameters, raw, strict=True)}
-    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return {name: by_id.get(id(value), value.detach()) for name, value in named.items()}
+def _steps_in(seconds: float, settings: TrainingSettings, step: float, validation: float) -> int:
+    """Steps that fit some seconds, with the validations that are due among them; at least one."""
+    if settings.validate_every is None:
+        return max(int((seconds - validation * settings.validations) / step), 1)
+    before = seconds / step
+    if before > settings.validate_from:
+        rest = seconds - settings.validate_from * step
+        before = settings.validate_from + rest / (step + validation / settings.validate_every)
+    return max(int(before), 1)
 
 
-def _load_weights(module: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    try:
-        module.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{folder}: the checkpoint has other weights than these settings build ({str(error).splitlines()[0]}); "
-            "resume with the settings it was made with"
-        ) from error
+def last_trainer_state(run: Path) -> int | None:
+    """Step of the newest checkpoint that a training can continue from; None if nothing was saved yet.
+
+    Raises:
+        CheckpointError: if there are checkpoints, and none holds the trainer's state any more.
+    """
+    steps = checkpoint_steps(run)
+    whole = [step for step in steps if has_trainer_state(checkpoint_folder(run, step))]
+    if steps and not whole:
+        load_checkpoint(checkpoint_folder(run, steps[-1]))  # says what is missing, and what to do
+    return whole[-1] if whole else None
 
 
 def _read_run(path: Path) -> dict[str, Any] | None:
@@ -421,16 +326,35 @@ def _read_run(path: Path) -> dict[str, Any] | None:
         raise CheckpointError(f"{path}: not a readable run record; restore it or choose another --out") from error
 
 
+def _explain_kept_budget(run: Path, total: int, record: dict[str, Any], settings: TrainingSettings) -> None:
+    minutes = record.get("calibration", {}).get("minutes")
+    if minutes is not None and settings.minutes not in (None, minutes):
+        log.warning(
+            "%s: minutes was %g when the run began and is %g now; the %d steps that it was turned into stay: give "
+            "--steps to change them",
+            run, minutes, settings.minutes, total,
+        )  # fmt: skip
+    else:
+        log.info("%s: the budget was turned into %d steps when the run began, and stays", run, total)
+
+
 # What may change between the parts of one training: another budget is the user's wish, the rest changes no numbers (the
 # micro-batch not without dropout).
 _FREE = ("settings.training.steps", "settings.training.minutes", "settings.data.workers", "settings.data.cache_mb",
          "settings.training.save_every", "settings.training.validations", "settings.training.validation_samples",
-         "settings.training.micro_batch_size", "settings.teacher.cache_dir", "settings.teacher.cache_mb")  # fmt: skip
+         "settings.training.micro_batch_size", "settings.training.gradient_checkpointing",
+         "settings.teacher.cache_dir", "settings.teacher.cache_mb")  # fmt: skip
+# Free as well, unless they decide when dropout acts.
+_FREE_AT_ONCE = ("settings.training.validate_every", "settings.training.validate_from")
 
 
 def _same_record(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     before, after = _flat(old), _flat(new)
-    names = sorted(n for n in after if before.get(n) != after[n] and n not in _FREE)
+    # A setting that did not exist when the run began: its default is what was done before it.
+    before = {**{f"settings.{n}": v for n, v in _flat(Settings().model_dump(mode="json")).items()}, **before}
+    at_once = after.get("settings.training.train_mode_after_validation", "at_once") == "at_once"
+    free = {*_FREE, *(_FREE_AT_ONCE if at_once else ())}
+    names = sorted(n for n in after if before.get(n) != after[n] and n not in free)
     # An upgrade of a library changes last bits, not the training: no reason to lose a run.
     for name in [n for n in names if n.startswith("versions.")]:
         log.warning("%s was %s and is %s now: the rest may differ in last bits", name, before.get(name), after[name])
@@ -446,13 +370,6 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(values, dict):
         return {k: v for name, value in values.items() for k, v in _flat(value, f"{prefix}{name}.").items()}
     return {prefix.removesuffix("."): values}
-
-
-def _agree(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether any process got a signal: all must stop at the same step."""
-    if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(int(flag), device=accelerator.device), "sum") > 0)
 
 
 @contextmanager
