@@ -680,6 +680,7 @@ def main() -> None:
     """Entry point: exit code 0, or 2 with one sentence on standard error for anything the user can mend."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("leafseg").setLevel(logging.INFO if is_main_process() else logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns at its import of kernels that nobody asked for
     try:
         app()
     except LeafsegError as error:

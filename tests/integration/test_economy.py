@@ -127,8 +127,12 @@ def test_a_run_with_the_8_bit_optimizer_resumes_exactly(
     assert {q["state1"].dtype for q in quantised} == {torch.uint8, torch.float32}  # small ones stay in 32 bits
     sizes = [(checkpoint_folder(run, 4) / "trainer" / "optimizer.pt").stat().st_size for run in (whole, plain)]
     assert sizes[0] < 0.7 * sizes[1]
-    losses = [[line["train/loss"] for line in read_metrics(run)] for run in (whole, plain)]
-    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    # Without dropout, whose masks are drawn in the order of memory, which differs.
+    still = ("model.unet.dropout=0", "model.image_encoder_dropout=0", "training.steps=10", "training.validations=0")
+    for kind in ("adamw", "adamw_8bit"):
+        train_tiny(data, tmp_path / kind, *still, f"training.optimizer={kind}")
+    losses = [read_metrics(tmp_path / kind)[-1]["train/loss"] for kind in ("adamw", "adamw_8bit")]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
 # --- disk ---

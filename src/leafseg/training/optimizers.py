@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,8 +24,7 @@ def make_optimizer(module: nn.Module, settings: TrainingSettings, device: torch.
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
     try:
-        with _plain_import():
-            from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise ConfigError(
             "training.optimizer is adamw_8bit, which needs bitsandbytes; install it with "
@@ -81,23 +77,3 @@ def _does_not_work(device: torch.device, error: Exception) -> ConfigError:
     return ConfigError(
         f"training.optimizer is adamw_8bit, which does not work on this {device.type} ({reason}); use adamw"
     )
-
-
-@contextmanager
-def _plain_import() -> Iterator[None]:
-    """Import bitsandbytes without what its import does besides.
-
-    On some CPUs it fetches a kernel for 4-bit inference from the hub through the package ``kernels``, code that nobody
-    asked for, and warns where it cannot.
-    """
-    logger = logging.getLogger("bitsandbytes")
-    level, absent = logger.level, "kernels" not in sys.modules
-    logger.setLevel(logging.ERROR)
-    if absent:
-        sys.modules["kernels"] = None  # type: ignore[assignment]  # makes its import fail
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if absent:
-            del sys.modules["kernels"]

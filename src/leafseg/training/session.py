@@ -70,6 +70,7 @@ class Session:
         self._averaged = _averaged(self.module, settings)
         self.ema = EMAModel(self._averaged, decay=settings.ema_decay, foreach=True)
         self.ema.to(device=self.device)
+        self._exchanged = False
         self._forward, self.optimizer = self.accelerator.prepare(
             self.module, make_optimizer(self.module, settings, self.device)
         )
@@ -174,20 +175,29 @@ class Session:
 
     def with_ema(self, action: Callable[[], Result]) -> Result:
         """Run an action on the EMA weights in eval mode; raw weights and train mode return whatever happens."""
-        self.ema.store(self._averaged)
-        self.ema.copy_to(self._averaged)
+        self._exchange()
         self.module.eval()
         try:
             with torch.no_grad():
                 return action()
         finally:
-            self.ema.restore(self._averaged)
+            self._exchange()
             self.module.train()
 
+    def _exchange(self) -> None:
+        """Let weights and their averages change places: no copy of either, as EMAModel's own store makes."""
+        for weight, average in zip(self._averaged, self.ema.shadow_params, strict=True):
+            weight.data, average.data = average.data, weight.data
+        self._exchanged = not self._exchanged
+
+    def averages(self) -> list[Tensor]:
+        """The averaged weights, also inside :meth:`with_ema`."""
+        return [p.detach() for p in self._averaged] if self._exchanged else list(self.ema.shadow_params)
+
     def raw_weights(self) -> dict[str, Tensor]:
-        """The module's own weights, also inside :meth:`with_ema`, which keeps them in the EMA's store."""
-        kept = self.ema.temp_stored_params
-        raw = {} if kept is None else {id(p): value for p, value in zip(self._averaged, kept, strict=True)}
+        """The module's own weights, also inside :meth:`with_ema`."""
+        kept = self.ema.shadow_params if self._exchanged else []
+        raw = {id(p): value for p, value in zip(self._averaged, kept, strict=False)}
         named = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         return {name: raw.get(id(value), value.detach()) for name, value in named.items()}
 

@@ -147,7 +147,7 @@ def train(
                         ema_step=session.ema.optimization_step,
                     ),
                     weights=session.raw_weights(),
-                    ema=session.ema.shadow_params,
+                    ema=session.averages(),
                     optimizer=session.optimizer.state_dict(),
                     scaler=scaler.state_dict() if scaler is not None else None,
                     write_inference=lambda folder: task.save_inference(folder / task.pipeline_folder, earlier=earlier),
