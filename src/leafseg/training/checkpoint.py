@@ -12,7 +12,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,39 +101,54 @@ def save_checkpoint(
 
 
 @dataclass(frozen=True)
-class LoadedCheckpoint:
+class StoredCheckpoint:
+    """A checkpoint whose parts are read one at a time: together they would need as much memory again as the training.
+
+    Every method raises CheckpointError if its file is missing or damaged. Nothing is unpickled but tensors and plain
+    values.
+    """
+
+    folder: Path
     state: TrainerState
-    weights: dict[str, Tensor]
-    ema: list[Tensor]
-    optimizer: dict[str, Any]
-    scaler: dict[str, Any] | None
+
+    def weights(self) -> dict[str, Tensor]:
+        """The trained parts' own weights."""
+        with _damage_explained(self.folder):
+            return load_file(self.folder / "trainer" / "weights.safetensors")
+
+    def ema(self) -> list[Tensor]:
+        """The averaged weights, in the module's order."""
+        with _damage_explained(self.folder):
+            stored = load_file(self.folder / "trainer" / "ema.safetensors")
+            return [stored[name] for name in sorted(stored)]
+
+    def optimizer(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """States of the optimizer and of the loss scaler."""
+        with _damage_explained(self.folder):
+            other = torch.load(self.folder / "trainer" / "optimizer.pt", map_location="cpu", weights_only=True)
+            return other["optimizer"], other["scaler"]
 
 
-def load_checkpoint(folder: Path) -> LoadedCheckpoint:
-    """Read a training checkpoint; nothing is unpickled but tensors and plain values.
+def open_checkpoint(folder: Path) -> StoredCheckpoint:
+    """A training checkpoint's state, and access to its parts.
 
     Raises:
-        CheckpointError: if a file is missing, damaged or of a newer format.
+        CheckpointError: if the state is missing, damaged or of a newer format.
     """
-    trainer = folder / "trainer"
-    try:
-        values = json.loads((trainer / "state.json").read_text())
+    with _damage_explained(folder):
+        values = json.loads((folder / "trainer" / "state.json").read_text())
         if values.get("format_version", 0) > FORMAT_VERSION:
             raise CheckpointError(
                 f"{folder}: checkpoint format {values['format_version']}; this leafseg reads up to {FORMAT_VERSION}: "
                 "upgrade it"
             )
-        state = TrainerState(**values)
-        weights = load_file(trainer / "weights.safetensors")
-        stored = load_file(trainer / "ema.safetensors")
-        other = torch.load(trainer / "optimizer.pt", map_location="cpu", weights_only=True)
-        return LoadedCheckpoint(
-            state=state,
-            weights=weights,
-            ema=[stored[name] for name in sorted(stored)],
-            optimizer=other["optimizer"],
-            scaler=other["scaler"],
-        )
+        return StoredCheckpoint(folder, TrainerState(**values))
+
+
+@contextmanager
+def _damage_explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except CheckpointError:
         raise
     except Exception as error:  # torch.load raises many kinds on a damaged file; all mean the same to the user

@@ -20,7 +20,7 @@ from leafseg import rng
 from leafseg.config import TrainingSettings
 from leafseg.data.dataset import PositionSampler
 from leafseg.errors import CheckpointError, ConfigError
-from leafseg.training.checkpoint import TrainerState, load_checkpoint
+from leafseg.training.checkpoint import TrainerState, open_checkpoint
 from leafseg.training.loading import obey_the_trainer_alone, signals_held_back
 from leafseg.training.optimizers import make_optimizer
 from leafseg.training.precision import resolve_precision
@@ -96,20 +96,23 @@ class Session:
         Raises:
             CheckpointError: if it is damaged, or belongs to another model.
         """
-        checkpoint = load_checkpoint(folder)
+        checkpoint = open_checkpoint(folder)
+        scaler = None
         try:
-            self.module.load_state_dict(checkpoint.weights)
-            self.optimizer.load_state_dict(checkpoint.optimizer)
-            for mine, stored in zip(self.ema.shadow_params, checkpoint.ema, strict=True):
+            # One part at a time, each copied to where it belongs and let go.
+            self.module.load_state_dict(checkpoint.weights())
+            for mine, stored in zip(self.ema.shadow_params, checkpoint.ema(), strict=True):
                 mine.copy_(stored)
+            optimizer, scaler = checkpoint.optimizer()
+            self.optimizer.load_state_dict(optimizer)
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"{folder}: the checkpoint has other weights than these settings build "
                 f"({str(error).splitlines()[0]}); resume with the settings it was made with"
             ) from error
         self.ema.optimization_step = checkpoint.state.ema_step
-        if self.accelerator.scaler is not None and checkpoint.scaler is not None:
-            self.accelerator.scaler.load_state_dict(checkpoint.scaler)
+        if self.accelerator.scaler is not None and scaler is not None:
+            self.accelerator.scaler.load_state_dict(scaler)
         return checkpoint.state
 
     def sampler(self, first_step: int, steps: int) -> PositionSampler:

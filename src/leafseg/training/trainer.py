@@ -27,7 +27,7 @@ from leafseg.runs import RUN_FILE, best_checkpoint, checkpoint_folder, checkpoin
 from leafseg.training.checkpoint import (
     TrainerState,
     link_best,
-    load_checkpoint,
+    open_checkpoint,
     prune_checkpoints,
     save_checkpoint,
 )
@@ -311,7 +311,9 @@ def last_trainer_state(run: Path) -> int | None:
     steps = checkpoint_steps(run)
     whole = [step for step in steps if has_trainer_state(checkpoint_folder(run, step))]
     if steps and not whole:
-        load_checkpoint(checkpoint_folder(run, steps[-1]))  # says what is missing, and what to do
+        newest = open_checkpoint(checkpoint_folder(run, steps[-1]))
+        for read in (newest.weights, newest.ema, newest.optimizer):
+            read()  # one of them says what is missing, and what to do
     return whole[-1] if whole else None
 
 
