@@ -192,8 +192,9 @@ def main() -> None:
     if arguments.plain:
         plain(*arguments.plain)
         return
-    work = arguments.work or Path(tempfile.mkdtemp(prefix="leafseg-full-size-"))
-    work.mkdir(parents=True, exist_ok=True)
+    if arguments.work:
+        arguments.work.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="leafseg-full-size-", dir=arguments.work))  # removed at the end
     data, teacher = work / "data", work / "teacher"
     write_data(data)
     write_teacher(teacher)

@@ -20,7 +20,7 @@ from typing import Any
 from leafseg.config import Settings, override_settings
 from leafseg.data.manifest import Manifest, load_manifest, save_split
 from leafseg.errors import ConfigError, LeafsegError
-from leafseg.evaluation.ablation_report import write_report
+from leafseg.evaluation.ablation_report import normalised, write_report
 from leafseg.evaluation.evaluate import evaluate
 from leafseg.files import append_line, read_json, write_json_atomic
 from leafseg.predict import load_segmenter, out_is_usable
@@ -30,8 +30,6 @@ log = logging.getLogger(__name__)
 
 RECORDS_FILE = "runs.jsonl"
 BUDGET_FILE = "budget.json"
-# What the paper varies. The weight is that of the preset; 0 trains without alignment.
-DEFAULT_AXES = ("objective.prediction_type=sample,v_prediction,epsilon", "objective.alignment_weight=0,{weight}")
 
 
 @dataclass(frozen=True)
@@ -87,6 +85,25 @@ def parse_axis(text: str) -> Axis:
     return Axis(setting.strip(), tuple(values))
 
 
+def paper_grid(settings: Settings) -> tuple[Settings, list[Axis]]:
+    """What the paper varies: prediction type by alignment, off and on (with the settings' own weight).
+
+    Epsilon allows neither terminal samples nor a loss on the decoded mask, and the cells must differ in nothing else:
+    both are set to 0 for all of them.
+
+    Raises:
+        ConfigError: if the settings train without alignment.
+    """
+    weight = settings.objective.alignment_weight
+    if weight == 0:
+        raise ConfigError("objective.alignment_weight is 0, so that there is no alignment to switch off; set --vary")
+    if settings.objective.terminal_fraction > 0 or settings.objective.pixel_weight > 0:
+        log.info("ablation: objective.terminal_fraction and objective.pixel_weight are 0 in all cells, for epsilon")
+    settings = override_settings(settings, ["objective.terminal_fraction=0", "objective.pixel_weight=0"])
+    kinds = Axis("objective.prediction_type", ("sample", "v_prediction", "epsilon"))
+    return settings, [kinds, Axis("objective.alignment_weight", (0, weight))]
+
+
 def grid(axes: Sequence[Axis]) -> list[tuple[tuple[str, Any], ...]]:
     """All cells, each a tuple of (setting, value) in the order of the axes.
 
@@ -127,6 +144,8 @@ def calibrated_steps(
     """
     from leafseg.training.dry_run import dry_run
 
+    for cell in grid(axes):
+        cell_settings(settings, cell, seed)  # a grid with a hole is refused before any cell is tried
     path = out / BUDGET_FILE
     if path.is_file():
         stored = read_json(path)
@@ -283,6 +302,7 @@ def _train_and_evaluate(
         **_identity(unit, settings, manifest, part, inference_steps),
         "best_step": result.best_step,
         "validation_score": result.best_score,
+        "selected_on_test": mine.training.selection_part == "test",
         "seconds": round(result.seconds, 1),
         "samples_per_second": round(result.samples_per_second, 2),
         "samples": run["record"]["samples"],
@@ -349,5 +369,5 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _plain(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else json.dumps(normalised(value))
     return "".join(c if c.isalnum() or c in "._+" else "_" for c in text).strip("_")

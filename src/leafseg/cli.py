@@ -147,18 +147,13 @@ def evaluate(
     overrides: Overrides = None,
 ) -> None:
     """Dice and IoU at original resolution, with intervals."""
-    from leafseg.config import load_settings
     from leafseg.data.manifest import load_manifest
     from leafseg.predict import out_is_usable
-    from leafseg.runs import SPLIT_FILE, is_run, selected_on_test
+    from leafseg.runs import is_run, selected_on_test
 
     folder = out or (Path(model) / f"evaluation-{split.value}" if is_run(Path(model)) else Path("evaluation"))
     out_is_usable(folder)
-    stored = Path(model) / SPLIT_FILE
-    settings = (
-        _data_settings(model, overrides) if is_run(Path(model)) else load_settings(overrides=overrides or ()).data
-    )
-    run_split = stored if is_run(Path(model)) and stored.is_file() else None
+    settings, run_split = _data_of_run(model, overrides)
     manifest = load_manifest(data, settings=settings, split_file=split_file, run_split=run_split)
     part = manifest if split is Part.all else manifest.part(split.value)
 
@@ -426,10 +421,9 @@ def stability(
     """How much masks change with the starting noise and the steps, for several models side by side."""
     import shlex
 
-    from leafseg.config import load_settings
     from leafseg.evaluation.report import require_report_packages
     from leafseg.predict import out_is_usable
-    from leafseg.runs import SPLIT_FILE, is_run
+    from leafseg.runs import selected_on_test
 
     names = _model_names(models, name)
     numbers = [part.strip() for part in steps.split(",") if part.strip()]
@@ -439,12 +433,18 @@ def stability(
         raise ConfigError(f"--noise-seeds is {noise_seeds}; a spread needs at least 2")
     require_report_packages()
     out_is_usable(out)
-    sources = {}
-    for model in models:
-        run = is_run(Path(model))
-        stored = Path(model) / SPLIT_FILE
-        settings = _data_settings(model, overrides) if run else load_settings(overrides=overrides or ()).data
-        sources[model] = (settings, stored if run and stored.is_file() else None)
+    sources = {model: _data_of_run(model, overrides) for model in models}
+    chosen_on_test = [
+        found
+        for found, model in zip(names, models, strict=True)
+        if split in (Part.test, Part.all) and selected_on_test(Path(model))
+    ]
+    if chosen_on_test:
+        print(
+            f"warning: the test part chose the checkpoint of {', '.join(chosen_on_test)} (training.selection_part): "
+            "figures on it are optimistic",
+            file=sys.stderr,
+        )
 
     from leafseg.evaluation.stability import (
         evenly_spaced,
@@ -463,6 +463,8 @@ def stability(
         noise_seeds=range(noise_seeds),
     )
     result.summary["part"] = split.value
+    if chosen_on_test:
+        result.summary["selected_on_test"] = chosen_on_test
     result.save(out)
     examples = find_disagreements(result, manifest)
     command = shlex.join(["leafseg", *sys.argv[1:]])
@@ -525,15 +527,17 @@ def ablate(
     overrides: Overrides = None,
 ) -> None:
     """Train a grid of settings with several seeds on one stored split; tables with paired differences."""
-    from leafseg.ablate import DEFAULT_AXES, calibrated_steps, parse_axis, run_ablation
+    from leafseg.ablate import calibrated_steps, paper_grid, parse_axis, run_ablation
     from leafseg.config import load_settings, override_settings
 
     if (steps is None) == (minutes is None):
         raise ConfigError("give one of --steps and --minutes: all runs of an ablation take equal steps")
     dotted = _with_training_options(overrides, steps=steps, minutes=None)
     settings = load_settings(preset, file=config, overrides=dotted)
-    weight = settings.objective.alignment_weight
-    axes = [parse_axis(text) for text in vary or [text.format(weight=weight) for text in DEFAULT_AXES]]
+    if vary:
+        axes = [parse_axis(text) for text in vary]
+    else:
+        settings, axes = paper_grid(settings)
     seed_list = _integers("--seeds", seeds)
     if minutes is not None:
         budget = calibrated_steps(settings, data[0], out, axes=axes, seed=seed_list[0], minutes=minutes)
@@ -674,6 +678,21 @@ def _data_settings(run: str, overrides: list[str] | None) -> Any:
     if not isinstance(stored, dict) or "objective" not in stored:
         return load_settings(overrides=overrides or ()).data
     return override_settings(parse_settings(stored, source=run), overrides or ()).data
+
+
+def _data_of_run(model: str, overrides: list[str] | None) -> tuple[Any, Path | None]:
+    """The data settings and the stored split of the run that a model belongs to; without a run the defaults, and None.
+
+    A run's checkpoint and pipeline folders count as the run: its test part must not hold what it was trained on.
+    """
+    from leafseg.config import load_settings
+    from leafseg.runs import SPLIT_FILE, run_of
+
+    run = run_of(Path(model))
+    if run is None:
+        return load_settings(overrides=overrides or ()).data, None
+    stored = run / SPLIT_FILE
+    return _data_settings(str(run), overrides), stored if stored.is_file() else None
 
 
 def main() -> None:

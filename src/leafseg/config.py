@@ -139,7 +139,7 @@ class ObjectiveSettings(SettingsModel):
     )
     alignment_reduction: AlignmentReduction = Field(
         "mean",
-        description="mean: independent of the batch; mean_over_batch: that mean divided by the batch once more, as the "
+        description="mean: independent of the batch; mean_over_batch: that mean divided by training.batch_size, as the "
         "released code does, so that the weight acts as weight / B",
     )
     alignment_tap: int = Field(0, ge=0, description="down block whose output (after its downsampler) is aligned")
@@ -181,7 +181,12 @@ class TrainingSettings(SettingsModel):
     minutes: float | None = Field(None, gt=0, description="wall time, turned into steps by a short stored calibration")
     validations: int = Field(10, ge=0, description="validations over the run, evenly spaced; the last step is one")
     validation_samples: int = Field(256, ge=1, description="at most so many validation samples a time, the same ones")
-    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; default: at each validation")
+    save_every: int | None = Field(
+        None,
+        ge=1,
+        description="steps between checkpoints; default: at each validation, or "
+        "every fiftieth of the run where there is none or validate_every is set; every new best is saved",
+    )
     gradient_checkpointing: bool = Field(
         False,
         description="compute activations again in the backward pass instead of keeping them: less memory, about a "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def slim_model(model: str, out: Path, *, dtype: WeightsDtype = "fp16", decoder_o
 
     Args:
         model: a run (its best checkpoint is taken), a pipeline folder, or a hub id.
-        out: the new folder; must not exist, or be empty.
+        out: the new folder; must not exist, or be empty and not the folder that the process works in.
         dtype: number format of the weights.
         decoder_only: leave out the autoencoder's encoder, which inference never calls; such a model cannot be trained
             further.
@@ -78,16 +79,18 @@ def slim_model(model: str, out: Path, *, dtype: WeightsDtype = "fp16", decoder_o
     """
     if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise DataError(f"{out}: exists already and is not an empty folder; choose another --out")
+    if out.exists() and out.samefile("."):  # it would be replaced under the feet of whoever stands in it
+        raise DataError(f"{out}: is the folder that this command runs in; give --out a folder of its own")
     pipeline = LeafPipeline.from_pretrained(model)
     if decoder_only and not isinstance(pipeline.vae, MaskDecoder):
         pipeline.register_modules(vae=MaskDecoder.from_autoencoder(pipeline.vae))
-    partial = out.with_name(out.name + ".partial")
+    target = Path(os.path.realpath(out))  # a name such as `a/..` has nothing beside it
+    partial = target.parent / f".partial-{secrets.token_hex(6)}-{target.name[-40:]}"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         save_model_folder(pipeline, partial, dtype=dtype)
         readable_by_all_who_read_folders(partial)
-        os.replace(partial, out)
+        os.replace(partial, target)  # an empty folder gives way
     except (OSError, SafetensorError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
         raise DataError(f"{out}: cannot be written ({reason}); choose another --out or free space") from error

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leafseg.config import AlignmentReduction, PredictionType
+from leafseg.config import PredictionType
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -59,16 +59,16 @@ def latent_loss(prediction: Tensor, target: Tensor) -> Tensor:
     return F.l1_loss(prediction, target)
 
 
-def alignment_loss(student: Tensor, teacher: Tensor, *, reduction: AlignmentReduction = "mean") -> Tensor:
+def alignment_loss(student: Tensor, teacher: Tensor, *, divisor: int = 1) -> Tensor:
     """Mean negative cosine similarity between matching patch tokens.
 
     Args:
         student: projected U-Net features, ``[B, N, D]``; gradients flow.
         teacher: frozen patch tokens, ``[B, N, D]``, same row-major patch order.
-        reduction: ``mean``, or ``mean_over_batch``: that mean divided by B once more, as in the released code.
+        divisor: of the mean; the released code divides by its batch size once more.
 
     Returns:
-        Scalar; with ``mean`` in [-1, 1] (-1 is perfect agreement) and independent of B.
+        Scalar; with divisor 1 in [-1, 1] (-1 is perfect agreement) and independent of B.
 
     Raises:
         ValueError: if the shapes differ.
@@ -77,8 +77,7 @@ def alignment_loss(student: Tensor, teacher: Tensor, *, reduction: AlignmentRedu
     """
     if student.shape != teacher.shape:
         raise ValueError(f"student is {list(student.shape)}, teacher is {list(teacher.shape)}; they must be equal")
-    mean = -F.cosine_similarity(student, teacher, dim=-1).mean()
-    return mean / student.shape[0] if reduction == "mean_over_batch" else mean
+    return -F.cosine_similarity(student, teacher, dim=-1).mean() / divisor
 
 
 def pixel_loss(logits: Tensor, target: Tensor, *, exclusive: bool = True) -> Tensor:

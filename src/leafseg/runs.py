@@ -40,6 +40,8 @@ def has_trainer_state(checkpoint: Path) -> bool:
 
 def run_of(model: Path) -> Path | None:
     """The run that a model belongs to: itself, or the run whose checkpoint or pipeline folder it is; None elsewhere."""
+    if not model.exists():
+        return None  # a hub id, whatever folder the command runs in
     here = model.resolve()  # RUN/pipeline is a link into the checkpoints
     return next((folder for folder in (here, *list(here.parents)[:3]) if is_run(folder)), None)
 

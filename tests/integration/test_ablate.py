@@ -8,8 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from leafseg.ablate import calibrated_steps, cell_settings, grid, parse_axis, read_records, run_ablation
-from leafseg.config import Settings, override_settings
+from leafseg.ablate import (
+    Axis,
+    Unit,
+    calibrated_steps,
+    cell_settings,
+    grid,
+    paper_grid,
+    parse_axis,
+    read_records,
+    run_ablation,
+)
+from leafseg.config import Settings, load_settings, override_settings
 from leafseg.errors import ConfigError
 
 AXES = ["objective.prediction_type=sample,epsilon", "training.weight_decay=0,0.01"]
@@ -26,7 +36,7 @@ def test_an_axis_reads_numbers_names_and_lists() -> None:
     assert parse_axis("data.preprocessing.size=[[128,128],[256,256]]").values == ([128, 128], [256, 256])
 
 
-@pytest.mark.parametrize("text", ["", "a", "a=", "a=1", "a=1,1", "=1,2", "a=[1,2"])
+@pytest.mark.parametrize("text", ["", "a", "a=", "a=1", "a=1,1", "a=0,0.0", "=1,2", "a=[1,2"])
 def test_an_axis_of_another_form_is_one_sentence(text: str) -> None:
     with pytest.raises(ConfigError, match="SETTING=VALUE"):
         parse_axis(text)
@@ -49,6 +59,25 @@ def test_a_cell_that_cannot_be_trained_is_refused_before_anything_is_trained(
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="did you mean"):
         cell_settings(settings, (("objective.prediction_typ", "sample"),), 1)
+
+
+def test_the_papers_grid_can_be_trained_on_top_of_any_preset() -> None:
+    shared, axes = paper_grid(load_settings("leaf-tiny"))
+    cells = grid(axes)
+    assert len(cells) == 6
+    kinds = {
+        (cell_settings(shared, cell, 1).objective.prediction_type, dict(cell)["objective.alignment_weight"])
+        for cell in cells
+    }
+    assert kinds == {(kind, weight) for kind in ("sample", "v_prediction", "epsilon") for weight in (0, 0.25)}
+    with pytest.raises(ConfigError, match="no alignment to switch off"):
+        paper_grid(load_settings("leaf-tiny", overrides=["objective.alignment_weight=0"]))
+
+
+def test_a_hole_in_the_grid_is_found_before_any_cell_is_tried(settings: Settings, tmp_path: Path) -> None:
+    terminal = override_settings(settings, ["objective.terminal_fraction=0.5"])
+    with pytest.raises(ConfigError, match="terminal_fraction"):  # not that there is no such data
+        calibrated_steps(terminal, tmp_path / "none", tmp_path / "out", axes=[parse_axis(AXES[0])], seed=1, minutes=1.0)
 
 
 def test_a_grid_is_run_once_and_continues_where_records_are_missing(
@@ -75,6 +104,23 @@ def test_a_grid_is_run_once_and_continues_where_records_are_missing(
     unchanged = [p for p in before if p.stat().st_mtime_ns == before[p]]
     assert len(unchanged) >= 3
     assert "8 of 8 runs" in second.report.read_text()
+
+
+def test_a_value_written_with_a_point_is_the_run_that_is_there(
+    settings: Settings, tiny_data: Callable[..., Path], tmp_path: Path
+) -> None:
+    data, out = tiny_data(12), tmp_path / "out"
+    chosen = override_settings(settings, ["training.selection_part=test", "training.steps=1"])
+    run_ablation(chosen, [data], out, axes=[Axis("training.weight_decay", (0,))], seeds=[1])
+    (row,) = read_records(out / "runs.jsonl")
+    assert row["selected_on_test"] is True
+    assert Unit(data, (("a", 0.0), ("b", True)), 1).name == "0-true-seed1"
+    again = run_ablation(chosen, [data], out, axes=[Axis("training.weight_decay", (0.0,))], seeds=[1])
+    assert list(read_records(out / "runs.jsonl")) == [row]
+    page = again.report.read_text()
+    assert "not run" not in page
+    assert "(tests, 1 optimizer step)" in page
+    assert "chosen on the test part" in page
 
 
 def test_another_shared_setting_is_another_measurement(

@@ -130,3 +130,28 @@ def test_a_teacher_that_is_no_folder_is_refused_without_asking_the_network(
 
     with pytest.raises(ConfigError, match="no such folder"):
         train_tiny(data, tmp_path / "run", *aligned, f"teacher.name={tmp_path / 'nowhere'}")
+
+
+def test_the_released_second_division_is_by_the_whole_batch_however_it_is_cut(
+    train_tiny: Train, data: Path, tmp_path: Path, aligned: tuple[str, ...]
+) -> None:
+    one = (*aligned, "training.steps=1", "training.batch_size=4")
+    released = (*one, "objective.alignment_reduction=mean_over_batch")
+    train_tiny(data, tmp_path / "mean", *one)
+    train_tiny(data, tmp_path / "whole", *released)
+    train_tiny(data, tmp_path / "cut", *released, "training.micro_batch_size=1")
+    mean, whole, cut = (alignment(tmp_path / name)[0] for name in ("mean", "whole", "cut"))
+    assert whole == pytest.approx(mean / 4, rel=1e-4)
+    assert cut == pytest.approx(mean / 4, rel=1e-4)
+
+
+def test_a_start_from_a_model_of_another_schedule_says_so(
+    train_tiny: Train, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train_tiny(data, tmp_path / "first", "training.steps=1", "training.validations=0")
+    caplog.clear()
+    again = ("training.steps=1", "training.validations=0")
+    train_tiny(data, tmp_path / "same", *again, init_from=str(tmp_path / "first"))
+    assert "another noise schedule" not in caplog.text
+    train_tiny(data, tmp_path / "other", *again, "scheduler.beta_schedule=linear", init_from=str(tmp_path / "first"))
+    assert "beta_schedule scaled_linear there, linear here" in caplog.text

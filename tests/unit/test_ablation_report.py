@@ -10,7 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from leafseg.evaluation.ablation_report import NOT_RUN, Ablation, csv_table, latex, markdown, write_report
+from leafseg.evaluation.ablation_report import (
+    NOT_RUN,
+    Ablation,
+    csv_table,
+    latex,
+    markdown,
+    normalised,
+    write_report,
+)
 from leafseg.evaluation.intervals import bootstrap_seeds_and_images
 
 AXES = [("objective.prediction_type", ("sample", "epsilon")), ("objective.alignment_weight", (0, 0.25))]
@@ -72,6 +80,42 @@ def test_what_was_not_run_says_so() -> None:
     assert "(1 of 2 seeds)" in text
     assert text.count(NOT_RUN) == 3 + 4  # three cells and all four differences
     assert latex(grid).count("--") == 3
+
+
+def test_the_page_says_which_part_and_which_training_the_records_name(complete: Ablation) -> None:
+    assert "over test images" in markdown(complete)
+    assert "runs are recorded. Mean" in markdown(complete)  # records without a preset and steps claim none
+    rows = [{**row, "part": "validation", "preset": "leaf-tiny", "steps": 330} for row in complete.records]
+    text = markdown(Ablation(rows, axes=AXES, data=["busi"], seeds=SEEDS))
+    assert "over validation images" in text
+    assert "8 of 8 runs are recorded (leaf-tiny, 330 optimizer steps)." in text
+    mixed = [*rows[:4], *({**row, "part": "test", "preset": "mine", "steps": 5} for row in rows[4:])]
+    text = markdown(Ablation(mixed, axes=AXES, data=["busi"], seeds=SEEDS))
+    assert "over test and validation images" in text
+    assert "(leaf-tiny and mine, 5 and 330 optimizer steps)" in text
+
+
+def test_the_page_says_that_the_test_part_chose_the_checkpoints_where_it_is_shown(complete: Ablation) -> None:
+    def page(*marks: dict) -> str:
+        rows = [{**row, **mark} for row, mark in zip(complete.records, [*marks, *[{}] * 8], strict=False)]
+        return markdown(Ablation(rows, axes=AXES, data=["busi"], seeds=SEEDS))
+
+    mark = {"selected_on_test": True}
+    assert "chosen on the test part" not in page({"selected_on_test": False})
+    assert "chosen on the test part" not in page(*[{**mark, "part": "validation"}] * 8)
+    assert "The checkpoints were chosen on the test part" in page(*[mark] * 8)
+    assert "The checkpoints of 1 of the runs were chosen on the test part" in page({**mark, "part": "all"})
+
+
+def test_a_whole_number_is_the_same_cell_with_and_without_a_point() -> None:
+    rows = [record("busi", "sample", 0.0, s, dice("sample", 0, s)) for s in SEEDS]
+    grid = Ablation(rows, axes=AXES, data=["busi"], seeds=SEEDS)
+    score = next(s for s in grid.scores() if dict(s.cell) == {**rows[0]["cell"], "objective.alignment_weight": 0})
+    assert set(score.by_seed) == set(SEEDS)
+    assert [normalised(v) for v in (0.0, True, 0.25, [128.0, [1]], "1.0")] == [0, True, 0.25, [128, [1]], "1.0"]
+    assert [type(normalised(v)) for v in (2.0, True)] == [int, bool]
+    switched = Ablation([{**rows[0], "cell": {"a": True}}], axes=[("a", (1, True))], data=["busi"], seeds=[1])
+    assert [bool(s.by_seed) for s in switched.scores()] == [False, True]
 
 
 def test_the_csv_holds_every_cell_and_difference(complete: Ablation) -> None:

@@ -383,6 +383,53 @@ def test_zero_one_masks_and_palette_masks_are_rewritten_not_lost(tmp_path: Path)
     assert read_mask(tmp_path / "out" / "masks" / "2.png").sum() == 4 * 8 * 255
 
 
+@pytest.mark.parametrize("top", [40, 100, 127, 200])
+def test_a_dark_jpeg_mask_is_cut_at_half_of_its_own_maximum(top: int, tmp_path: Path) -> None:
+    source = kvasir(tmp_path / "Kvasir-SEG")
+    name = f"cju{0:022d}"
+    mask(source / "masks" / f"{name}.jpg", slice(0, 8), value=top, size=(16, 16))  # whole blocks of 8: no noise
+    prepare(source, tmp_path / "out")
+    expected = np.zeros((16, 16), np.int64)
+    expected[:8] = 255
+    assert (read_mask(tmp_path / "out" / "masks" / f"{name}.png") == expected).all()
+
+
+def test_a_jpeg_mask_as_dark_as_noise_is_refused(tmp_path: Path) -> None:
+    source = kvasir(tmp_path / "Kvasir-SEG")
+    path = mask(source / "masks" / f"cju{0:022d}.jpg", slice(0, 8), value=8, size=(16, 16))
+    top = int(np.asarray(Image.open(path)).max())
+    assert 0 < top <= 16
+    assert f"{path.name}: the mask's highest value is {top}, which in a JPEG" in complaint(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("top", [200, 255, 1000, 32767, 65535])
+def test_a_16_bit_mask_is_cut_at_half_of_its_own_maximum(top: int, tmp_path: Path) -> None:
+    source = cvc(tmp_path / "CVC-ClinicDB", range(1, 4))
+    pixels = np.zeros(SIZE, np.uint16)
+    pixels[2:5] = top
+    save(source / "Ground Truth" / "1.png", pixels)
+    done = prepare(source, tmp_path / "out")
+    by_name = {sample.name: sample for sample in load(tmp_path / "out").samples}
+    assert (read_mask(by_name["1"].mask) == (pixels > 0) * 255).all()
+    assert not any("grey levels" in warning for warning in done.warnings)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_grey_levels_of_a_lossless_mask_that_become_background_are_reported(kind: type, tmp_path: Path) -> None:
+    source = cvc(tmp_path / "CVC-ClinicDB", range(1, 4))
+    pixels = np.zeros(SIZE, kind)
+    pixels[2:5], pixels[5] = 200, 100  # a quarter of what is set lies at or below half
+    save(source / "Ground Truth" / "1.png", pixels)
+    done = prepare(source, tmp_path / "out")
+    assert (read_mask(tmp_path / "out" / "masks" / "1.png") == (pixels == 200) * 255).all()
+    said = (
+        "masks with several grey levels, whose darker half became background: 1 (up to 25% of a mask's non-zero "
+        "pixels; 1.png)"
+    )
+    assert said in done.warnings
+    assert said in json.loads((tmp_path / "out" / "catalog.json").read_text())["warnings"]
+
+
 def test_doubtful_masks_and_damaged_files_are_errors(tmp_path: Path) -> None:
     source = cvc(tmp_path / "CVC-ClinicDB", range(1, 4))
     mask(source / "Ground Truth" / "1.png", value=38)
@@ -725,6 +772,23 @@ def test_a_folder_with_somebody_elses_data_is_not_overwritten(tmp_path: Path) ->
         prepare(source, tmp_path / "mine")
     assert mine.is_file()
     assert len(list((source / "masks").iterdir())) == 4
+
+
+@pytest.mark.parametrize("content", ['{"mine": 1}', "[1]", "no JSON"])
+def test_somebody_elses_catalog_file_is_not_overwritten(content: str, tmp_path: Path) -> None:
+    source, out = few_cvc(tmp_path / "download"), tmp_path / "out"
+    out.mkdir()
+    (out / "catalog.json").write_text(content)
+    with pytest.raises(DataError, match=r"holds catalog\.json that `leafseg data prepare` did not write"):
+        prepare(source, out)
+    assert [path.name for path in out.iterdir()] == ["catalog.json"]
+    assert (out / "catalog.json").read_text() == content
+
+
+def test_a_hidden_folder_that_is_no_leftover_of_a_preparation_stays(tmp_path: Path) -> None:
+    mine = mask(tmp_path / "out" / ".tmp-mine" / "1.png")
+    prepare(few_cvc(tmp_path / "download"), tmp_path / "out")
+    assert mine.is_file()
 
 
 def test_what_is_missing_is_said_with_the_archives_to_download(tmp_path: Path) -> None:

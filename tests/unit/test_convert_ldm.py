@@ -447,6 +447,44 @@ def test_an_autoencoder_of_another_kind_is_refused(ldm_autoencoder: LdmAutoencod
         autoencoder_layout_of(state, resolution=32, where="vq.ckpt")
 
 
+DAMAGED = [(0, 3, 3, 3), (), (32,)]
+
+
+@pytest.mark.parametrize("shape", DAMAGED)
+@pytest.mark.parametrize(
+    "key",
+    [
+        "encoder.conv_in.weight",
+        "encoder.conv_out.weight",
+        "encoder.down.1.block.0.conv1.weight",
+        "quant_conv.weight",
+        "decoder.conv_out.weight",
+    ],
+)
+def test_an_autoencoder_with_an_empty_or_flat_weight_is_refused(
+    ldm_autoencoder: LdmAutoencoder, key: str, shape: tuple[int, ...]
+) -> None:
+    state = {**ldm_autoencoder.state_dict(), key: torch.zeros(shape)}
+    with pytest.raises(CheckpointError) as caught:
+        autoencoder_layout_of(state, resolution=32, where="kl.ckpt")
+    assert str(caught.value).startswith(f"kl.ckpt: {key} is {list(shape)}; it must have 4 sizes above 0")
+
+
+@pytest.mark.parametrize("shape", DAMAGED)
+@pytest.mark.parametrize("key", ["input_blocks.0.0.weight", "input_blocks.1.0.out_layers.3.weight", "out.2.weight"])
+def test_a_unet_with_an_empty_or_flat_weight_is_refused(ldm_unet: LdmUNet, key: str, shape: tuple[int, ...]) -> None:
+    state = {**ldm_unet.state_dict(), key: torch.zeros(shape)}
+    with pytest.raises(CheckpointError) as caught:
+        unet_layout_of(state, num_heads=HEADS, dropout=0.2, image_size=8, where="unet.ckpt")
+    assert str(caught.value).startswith(f"unet.ckpt: {key} is {list(shape)}; it must have 4 sizes above 0")
+
+
+def test_an_autoencoder_without_levels_is_incomplete(ldm_autoencoder: LdmAutoencoder) -> None:
+    state = {k: v for k, v in ldm_autoencoder.state_dict().items() if not k.startswith("encoder.down.")}
+    with pytest.raises(CheckpointError, match=r"no encoder\.down\.0\..* the checkpoint is incomplete"):
+        autoencoder_layout_of(state, resolution=32, where="kl.ckpt")
+
+
 @pytest.mark.skipif(not (SHARED / "golden").is_dir(), reason="needs the reference outputs (LEAFSEG_SHARED/golden)")
 def test_the_tables_name_exactly_the_weights_of_the_released_layout() -> None:
     released = json.loads((SHARED / "golden" / "released_keys.json").read_text())

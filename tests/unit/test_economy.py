@@ -30,7 +30,7 @@ from leafseg.model.unet import MaskUNet
 from leafseg.model_folder import WEIGHTS_FILE, folder_bytes, round_weights, save_model_folder, slim_model
 from leafseg.pipeline import LeafPipeline
 from leafseg.training.optimizers import make_optimizer, optimizer_bytes, parameter_groups
-from leafseg.training.trainer import in_train_mode, validation_steps
+from leafseg.training.trainer import in_train_mode, saving_steps, validation_steps
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:
@@ -432,6 +432,29 @@ def test_a_slim_model_that_cannot_be_written_leaves_nothing(tiny_pipeline: LeafP
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "model"]
 
 
+def test_a_slim_model_is_not_written_over_the_folder_one_stands_in(
+    tiny_pipeline: LeafPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_pipeline.save_pretrained(tmp_path / "model")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for out in (Path(), tmp_path / "empty"):
+        with pytest.raises(DataError, match=r"is the folder that this command runs in; give --out a folder of its own"):
+            slim_model("../model", out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "model"]
+    slim_model("../model", Path("new") / ".." / "slim")
+    assert sorted(p.name for p in (tmp_path / "empty").iterdir()) == ["slim"]
+
+
+def test_a_slim_model_leaves_the_folders_beside_it_alone(tiny_pipeline: LeafPipeline, tmp_path: Path) -> None:
+    tiny_pipeline.save_pretrained(tmp_path / "model")
+    (tmp_path / "slim.partial").mkdir()
+    (tmp_path / "slim.partial" / "mine").write_text("mine")
+    slim_model(str(tmp_path / "model"), tmp_path / "slim")
+    assert (tmp_path / "slim.partial" / "mine").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "slim", "slim.partial"]
+
+
 def test_the_full_size_is_at_most_830_megabytes_in_half_precision_and_760_with_the_decoder_only() -> None:
     with torch.device("meta"):
         parts = build_components(load_settings("leaf-base"), with_weights=False)
@@ -448,3 +471,16 @@ def test_settings_that_say_no_other_keep_the_corrected_behaviour() -> None:
     assert (training.selection_part, training.validation_resolution) == ("validation", "original")
     assert (training.train_mode_after_validation, training.validate_every) == ("at_once", None)
     assert (training.optimizer, training.gradient_checkpointing) == ("adamw", False)
+
+
+def test_a_training_saves_also_where_it_does_not_validate() -> None:
+    def steps(total: int, **settings: object) -> list[int]:
+        return sorted(saving_steps(TrainingSettings(steps=total, **settings), total))
+
+    assert steps(100, validations=4) == [25, 50, 75, 100]
+    assert steps(100_000, validations=0)[:2] == [2000, 4000]
+    assert steps(100, validations=0) == [25, 50, 75, 100]
+    late = steps(100_000, validate_every=200, validate_from=30_000)
+    assert late[0] == 2000
+    assert len(late) == 50
+    assert steps(100, validations=2, save_every=30) == [30, 50, 60, 90, 100]

@@ -426,3 +426,10 @@ def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
     manifest = load(folder(tmp_path, [BINARY]))
     with pytest.raises(DataError, match="part is 'val'; parts are train, validation, test"):
         manifest.part("val")
+
+
+def test_a_mask_that_the_threshold_empties_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder(tmp_path, [BINARY, [[0, 1, 1], [0, 0, 1]], [[0, 0, 0], [0, 0, 0]]])
+    load(tmp_path, settings=DataSettings(mask_threshold=128))
+    assert "no value of 1 mask(s) is above data.mask_threshold=128" in caplog.text
+    assert "s01.png" in caplog.text

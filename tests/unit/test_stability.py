@@ -9,6 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from leafseg.cli import main
-from leafseg.config import DataSettings
+from leafseg.config import DataSettings, Settings, override_settings
 from leafseg.data.images import write_png
 from leafseg.data.manifest import Manifest, load_manifest, save_split
 from leafseg.errors import CheckpointError, ConfigError, DataError
@@ -38,6 +39,7 @@ from leafseg.evaluation.stability import (
     starting_noise,
 )
 from leafseg.pipeline import LeafPipeline
+from leafseg.runs import checkpoint_folder, run_of
 
 TYPES = ("sample", "v_prediction", "epsilon")
 SCALARS = (*METRICS, "predicted_share")
@@ -411,6 +413,76 @@ def test_what_cannot_be_done_is_one_sentence(
     assert error.startswith("error: ")
     assert len(error.splitlines()) == 1
     assert message in error
+
+
+@pytest.fixture
+def run_with_its_own_rules(tiny_pipeline: LeafPipeline, tiny_settings: Settings, data: Path, tmp_path: Path) -> Path:
+    """A run's folder as training leaves it: test and validation exchanged, the background as foreground."""
+    run = tmp_path / "run"
+    settings = override_settings(tiny_settings, ["data.foreground_labels=[0]", "training.selection_part=test"])
+    trainer = checkpoint_folder(run, 1) / "trainer"
+    trainer.mkdir(parents=True)
+    (trainer / "state.json").write_text('{"best_step": 1}')
+    tiny_pipeline.save_pretrained(trainer.parent / "pipeline")
+    (run / "pipeline").symlink_to(trainer.parent / "pipeline")
+    (run / "run.json").write_text(json.dumps({"record": {"settings": settings.model_dump(mode="json")}}))
+    whole = load_manifest(data, settings=settings.data)
+    other = {"validation": "test", "test": "validation", "train": "train"}
+    save_split(replace(whole, samples=tuple(replace(s, part=other[s.part]) for s in whole.samples)), run / "split.csv")
+    return run
+
+
+def test_a_runs_pipeline_and_checkpoint_keep_its_split_and_its_reading_of_the_masks(
+    cli: Cli, run_with_its_own_rules: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    run = run_with_its_own_rules
+    plain = load_manifest(data, settings=DataSettings()).part("validation")
+    background = {}
+    for sample in plain.samples:
+        assert sample.mask is not None
+        with Image.open(sample.mask) as picture:
+            background[sample.name] = str(int((np.asarray(picture) == 0).sum()))
+
+    def truth_pixels(path: Path) -> dict[str, str]:
+        with path.open() as stream:
+            return {row["name"]: row["truth_pixels"] for row in csv.DictReader(stream)}
+
+    cli("evaluate", run / "pipeline", "--data", data, "--steps", 1)
+    assert truth_pixels(tmp_path / "evaluation" / "per_image.csv") == background
+    cli("evaluate", run, "--data", data, "--steps", 1)
+    assert truth_pixels(run / "evaluation-test" / "per_image.csv") == background
+    cli("stability", checkpoint_folder(run, 1), "--data", data, "--noise-seeds", 2, "--steps", 1)
+    assert truth_pixels(tmp_path / "stability" / "per_image.csv") == background
+
+
+def test_a_name_on_the_hub_belongs_to_no_run(run_with_its_own_rules: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run_with_its_own_rules)
+    assert run_of(Path("owner/name")) is None
+    assert run_of(Path("pipeline")) == run_with_its_own_rules.resolve()
+
+
+def test_a_checkpoint_that_the_test_part_chose_is_named_beside_figures_on_it(
+    cli: Cli, run_with_its_own_rules: Path, models: dict[str, str], data: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    run, out = run_with_its_own_rules, tmp_path / "out"
+    common = (
+        "--data", data, "--split-file", run / "split.csv", "--set", "data.foreground_labels=[255]",
+        "--noise-seeds", 2, "--steps", 1, "--images", 1, "--out", out,
+    )  # fmt: skip
+    names = ("--name", "mine|", "--name", "theirs")
+    code, _, error = cli("stability", run, models["sample"], *names, *common)  # the second belongs to no run
+    assert code == 0, error
+    assert "warning: the test part chose the checkpoint of mine| (training.selection_part)" in error
+    assert "chose the checkpoint of mine\\|**" in (out / "stability.md").read_text()
+    assert json.loads((out / "stability.json").read_text())["selected_on_test"] == ["mine|"]
+
+    code, _, error = cli("stability", run, *common, "--split", "validation")
+    assert (code, "warning" in error) == (0, False)
+    assert "chose the checkpoint" not in (out / "stability.md").read_text()
+    assert "selected_on_test" not in json.loads((out / "stability.json").read_text())
 
 
 def test_an_unknown_part_is_refused(cli: Cli, data: Path) -> None:

@@ -154,7 +154,7 @@ def unet_layout_of(
         CheckpointError: if the names are not those of such a network, or its samplers are plain convolutions: then it
             is none of the models whose number of heads is known.
     """
-    conv_in = _tensor(state, "input_blocks.0.0.weight", where)
+    conv_in = _tensor(state, "input_blocks.0.0.weight", where, ndim=4)
     blocks = 1 + max((int(m[1]) for m in _matches(r"output_blocks\.(\d+)\.", state)), default=-1)
     if any(_matches(r"(input|output)_blocks\.\d+\.(0\.op|[12]\.conv)\.", state)):
         raise CheckpointError(
@@ -167,13 +167,13 @@ def unet_layout_of(
     if per_level < 2 or blocks % per_level:
         raise CheckpointError(f"{where}: {blocks} output blocks make no levels; the file is damaged or of another kind")
     starts = range(1, blocks + 1, per_level)
-    widths = [_tensor(state, f"input_blocks.{i}.0.out_layers.3.weight", where).shape[0] for i in starts]
+    widths = [_tensor(state, f"input_blocks.{i}.0.out_layers.3.weight", where, ndim=4).shape[0] for i in starts]
     model_channels = conv_in.shape[0]
     if any(width % model_channels for width in widths):
         raise CheckpointError(f"{where}: the levels are {widths} wide; all must be multiples of {model_channels}")
     return UNetLayout(
         in_channels=conv_in.shape[1],
-        out_channels=_tensor(state, "out.2.weight", where).shape[0],
+        out_channels=_tensor(state, "out.2.weight", where, ndim=4).shape[0],
         model_channels=model_channels,
         channel_mult=tuple(width // model_channels for width in widths),
         num_res_blocks=per_level - 1,
@@ -201,12 +201,15 @@ def autoencoder_layout_of(state: Mapping[str, Tensor], *, resolution: int, where
         )
     levels = 1 + max((int(m[1]) for m in _matches(r"encoder\.down\.(\d+)\.block\.", state)), default=-1)
     blocks = 1 + max((int(m[1]) for m in _matches(r"encoder\.down\.0\.block\.(\d+)\.", state)), default=-1)
-    ch = _tensor(state, "encoder.conv_in.weight", where).shape[0]
-    widths = [_tensor(state, f"encoder.down.{i}.block.0.conv1.weight", where).shape[0] for i in range(levels)]
-    if not widths or any(width % ch for width in widths):
+    conv_in = _tensor(state, "encoder.conv_in.weight", where, ndim=4)
+    ch = conv_in.shape[0]
+    widths = [
+        _tensor(state, f"encoder.down.{i}.block.0.conv1.weight", where, ndim=4).shape[0] for i in range(max(levels, 1))
+    ]
+    if any(width % ch for width in widths):
         raise CheckpointError(f"{where}: the levels are {widths} wide; all must be multiples of {ch}")
-    z = _tensor(state, "encoder.conv_out.weight", where).shape[0]
-    quantised = _tensor(state, "quant_conv.weight", where).shape[0]
+    z = _tensor(state, "encoder.conv_out.weight", where, ndim=4).shape[0]
+    quantised = _tensor(state, "quant_conv.weight", where, ndim=4).shape[0]
     if z != quantised or z % 2:
         raise CheckpointError(
             f"{where}: the encoder gives {z} channels, quant_conv {quantised}; both must be twice the latent's channels"
@@ -216,8 +219,8 @@ def autoencoder_layout_of(state: Mapping[str, Tensor], *, resolution: int, where
         ch_mult=tuple(width // ch for width in widths),
         num_res_blocks=blocks,
         z_channels=z // 2,
-        in_channels=_tensor(state, "encoder.conv_in.weight", where).shape[1],
-        out_ch=_tensor(state, "decoder.conv_out.weight", where).shape[0],
+        in_channels=conv_in.shape[1],
+        out_ch=_tensor(state, "decoder.conv_out.weight", where, ndim=4).shape[0],
         resolution=resolution,
     )
 
@@ -436,9 +439,15 @@ def check_keys(expected: Mapping[str, Shape], state: Mapping[str, Tensor], *, wh
         )
 
 
-def _tensor(state: Mapping[str, Tensor], key: str, where: str) -> Tensor:
+def _tensor(state: Mapping[str, Tensor], key: str, where: str, *, ndim: int) -> Tensor:
+    """A tensor whose sizes can be read off: it has ``ndim`` of them and none is 0."""
     if key not in state:
         raise CheckpointError(f"{where}: no {key}; the checkpoint is incomplete or of another kind")
+    shape = list(state[key].shape)
+    if len(shape) != ndim or 0 in shape:
+        raise CheckpointError(
+            f"{where}: {key} is {shape}; it must have {ndim} sizes above 0, the file is damaged or of another kind"
+        )
     return state[key]
 
 

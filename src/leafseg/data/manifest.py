@@ -12,7 +12,7 @@ import io
 import logging
 import shlex
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -199,6 +199,7 @@ def load_manifest(
     samples = _samples(data, root, rows, scans)
     present = set().union(*(scan.values for scan in scans.values()))
     label_map = _label_map(data, present, settings) if present else LabelMap(((0, 0), (1, 1)))
+    _warn_of_emptied_masks(data, scans, settings.mask_threshold)
     if split_file is not None:
         samples = _stored_parts(split_file, samples)
     elif run_split is not None:
@@ -538,6 +539,20 @@ def _samples(
     twins = [name for name, count in counts.items() if count > 1]
     _refuse(data, _problem(twins, "sample name occurs twice", "sample names occur twice", "rename one of the files"))
     return samples
+
+
+def _warn_of_emptied_masks(data: Path, scans: Mapping[tuple[Path, Path | None], _Scan], threshold: int | None) -> None:
+    """A mask of 0 and 1 among masks of 0 and 255: the threshold that suits these empties that one."""
+    if threshold is None:
+        return
+    emptied = [
+        mask.name for (_, mask), scan in scans.items() if mask and scan.values and 0 < max(scan.values) <= threshold
+    ]
+    if emptied:
+        log.warning(
+            "%s: no value of %d mask(s) is above data.mask_threshold=%d, though they are not empty: %s",
+            data, len(emptied), threshold, _listed(sorted(emptied)),
+        )  # fmt: skip
 
 
 def _label_map(data: Path, present: set[int], settings: DataSettings) -> LabelMap:

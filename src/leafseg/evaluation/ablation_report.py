@@ -133,8 +133,18 @@ class Ablation:
         return {seed: self._dice[key] for seed, key in keys if key in self._dice}
 
 
+def normalised(value: Any) -> Any:
+    """A setting's value in the one form that it is compared and named by: 0.0 is 0, also inside a list.
+
+    Booleans stay what they are.
+    """
+    if isinstance(value, list | tuple):
+        return [normalised(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _key(cell: Cell) -> str:
-    return json.dumps(sorted(dict(cell).items()))
+    return json.dumps(sorted((name, normalised(value)) for name, value in cell))
 
 
 def _matrix(runs: Sequence[Mapping[str, float | None]]) -> NDArray[np.float64]:
@@ -168,9 +178,10 @@ def markdown(ablation: Ablation) -> str:
     done = len(ablation.records)
     total = len(ablation.cells) * len(ablation.data) * len(ablation.seeds)
     lines = [
-        f"{done} of {total} runs are recorded. Mean Dice over images with a non-empty mask, at original resolution, "
-        f"{ablation.steps} reverse step{'s' if ablation.steps > 1 else ''}; 95 % bootstrap intervals over test images "
-        f"and seeds ({', '.join(map(str, ablation.seeds))}).",
+        f"{done} of {total} runs are recorded{_training(ablation.records)}. Mean Dice over images with a non-empty "
+        f"mask, at original resolution, {ablation.steps} reverse step{'s' if ablation.steps > 1 else ''}; 95 % "
+        f"bootstrap intervals over {_parts(ablation.records)} images and seeds "
+        f"({', '.join(map(str, ablation.seeds))}).{_selection(ablation.records)}",
         "",
         *_table([*names, *ablation.data], _score_rows(ablation)),
         "Paired differences (same images, same seed): the value's Dice minus the baseline's.",
@@ -178,6 +189,36 @@ def markdown(ablation: Ablation) -> str:
         *_table(["setting", "value", "baseline", "with", *ablation.data], _difference_rows(ablation)),
     ]
     return "\n".join(lines)
+
+
+def _training(records: Sequence[Mapping[str, Any]]) -> str:
+    """`` (leaf-tiny, 330 optimizer steps)``, as far as the records say so."""
+    presets = sorted({str(row["preset"]) for row in records if row.get("preset") is not None})
+    steps = sorted({int(row["steps"]) for row in records if row.get("steps") is not None})
+    found = [" and ".join(presets)] if presets else []
+    if steps:
+        found.append(f"{' and '.join(map(str, steps))} optimizer step{'' if steps == [1] else 's'}")
+    return f" ({', '.join(found)})" if found else ""
+
+
+def _parts(records: Sequence[Mapping[str, Any]]) -> str:
+    return " and ".join(sorted({_part(row) for row in records})) or "test"
+
+
+def _part(row: Mapping[str, Any]) -> str:
+    return str(row.get("part", "test"))
+
+
+def _selection(records: Sequence[Mapping[str, Any]]) -> str:
+    """A sentence where the shown images chose checkpoints; nothing elsewhere."""
+    chosen = sum(bool(row.get("selected_on_test")) and _part(row) in ("test", "all") for row in records)
+    if not chosen:
+        return ""
+    which = "" if chosen == len(records) else f" of {chosen} of the runs"
+    return (
+        f" The checkpoints{which} were chosen on the test part, which is shown here (training.selection_part): their "
+        "figures are optimistic."
+    )
 
 
 def _score_rows(ablation: Ablation) -> Iterator[list[str]]:

@@ -256,7 +256,7 @@ def measure_stability(
     binned: dict[tuple[str, int], list[tuple[Reliability, Reliability]]] = {}
     with progress_bar("stability", total=len(models) * len(manifest)) as bar:
         for model in compared:
-            pipeline = load_segmenter(model.source).pipeline  # one at a time in memory
+            pipeline = load_segmenter(model.source).pipeline
             for sample in manifest.samples:
                 image, truth = _read(sample, manifest)
                 for count in steps:
@@ -264,6 +264,7 @@ def measure_stability(
                     rows.append(_row(model.name, count, sample, truth, found))
                     binned.setdefault((model.name, count), []).append((found.draws, found.mean))
                 bar.advance(model.name)
+            del pipeline  # else the name holds it while the next one is loaded
     calibration = {
         key: (pooled(draws for draws, _ in parts), pooled(mean for _, mean in parts)) for key, parts in binned.items()
     }
@@ -392,6 +393,7 @@ def _compared_models(models: Mapping[str, str], manifest: Manifest, steps: Seque
                 pipeline.preprocessor.settings.size,
             )
         )
+        del pipeline  # one at a time in memory
     return tuple(compared)
 
 
@@ -523,6 +525,7 @@ def find_disagreements(result: Stability, manifest: Manifest) -> list[Disagreeme
                     found = _segment_and_compare(pipeline, sample, example.image, truth, steps, result.noise_seeds)
                     example.votes[model.name, steps] = found.votes
                 bar.advance()
+            del pipeline  # one at a time in memory
     return examples
 
 

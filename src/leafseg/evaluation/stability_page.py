@@ -123,6 +123,12 @@ def _page(
         f"{summary['images']} images{of_part}{empty}; {len(result.noise_seeds)} noise seeds; every model and number of "
         "steps got the same images and the same noise."
     )
+    if summary.get("selected_on_test"):
+        names = ", ".join(_cell(name) for name in summary["selected_on_test"])
+        yield (
+            f"\n**The test part, which is measured here, chose the checkpoint of {names}** "
+            "(`training.selection_part`): its figures are optimistic."
+        )
     if command:
         yield f"\n```\n{command}\n```"
     yield ""

@@ -84,10 +84,12 @@ def save_checkpoint(
                 path.chmod(mode)  # safetensors writes files that only their owner may read
             _fsync(path)
         _fsync(partial)
+        aside = final.with_name(f"{final.name}.before{_PARTIAL}")
         if final.exists():  # a resumed run that saves the same step again
-            shutil.rmtree(final)
+            os.replace(final, aside)
         os.replace(partial, final)
         _fsync(final.parent)
+        shutil.rmtree(aside, ignore_errors=True)
     except (OSError, SafetensorError, RuntimeError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(

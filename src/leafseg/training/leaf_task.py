@@ -224,9 +224,9 @@ class LeafTask:
         parts = {"prediction": latent_loss(prediction, target)}
         loss = parts["prediction"]
         if tokens is not None:
-            parts["alignment"] = alignment_loss(
-                tokens.float(), self._teacher_tokens(batch), reduction=goal.alignment_reduction
-            )
+            # The whole batch's size, however it is cut into micro-batches and processes.
+            again = self.settings.training.batch_size if goal.alignment_reduction == "mean_over_batch" else 1
+            parts["alignment"] = alignment_loss(tokens.float(), self._teacher_tokens(batch), divisor=again)
             loss = loss + goal.alignment_weight * parts["alignment"]
         if goal.pixel_weight > 0:
             # On every sample, whatever its timestep: a batch of another size each step would make the CPU's kernels be
@@ -309,6 +309,16 @@ class LeafTask:
     def _start_from(self, source: LeafPipeline) -> None:
         if isinstance(source.vae, MaskDecoder):
             raise CheckpointError(f"--init-from: the model {DECODER_ONLY}")
+        mine, theirs = self.parts.scheduler.config, source.scheduler.config
+        names = ("prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "clip_sample")
+        if changed := [
+            f"{name} {theirs[name]} there, {mine[name]} here" for name in names if mine[name] != theirs[name]
+        ]:
+            log.warning(
+                "--init-from: the model was made for another noise schedule or prediction (%s); the settings of this "
+                "training are used: change scheduler.* and objective.prediction_type to keep the model's",
+                "; ".join(changed),
+            )
         for name, mine, theirs in (
             ("U-Net", self.parts.unet, source.unet),
             ("image encoder", self.parts.image_encoder, source.image_encoder),

@@ -38,6 +38,7 @@ from leafseg.training.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
+_SAVES, _STEPS_BETWEEN_SAVES = 50, 25  # over a run without evenly spaced validations; the latter at least
 _CALIBRATION_WARMUP, _CALIBRATION_STEPS = 2, 6
 # Share of a budget in minutes that is planned; the rest covers the optimizer, checkpoints and a slower machine.
 _PLANNED_SHARE = 0.94
@@ -129,6 +130,7 @@ def train(
         write_json_atomic(run_file, {"kind": task.kind, "total_steps": total, "record": kept})
     session.accelerator.wait_for_everyone()
     validate_at = validation_steps(settings, total)
+    save_at = saving_steps(settings, total)
     warmup = settings.warmup_steps if settings.schedule == "constant" else min(settings.warmup_steps, total // 10)
 
     def save() -> None:
@@ -183,7 +185,7 @@ def train(
             bar.advance(f"loss {losses['loss']:.3f}")
             interrupted = session.agree(signalled())
             last_step = interrupted or step == end
-            validating = step in validate_at
+            validating, improved = step in validate_at, False
             if tracker is not None and (step % 10 == 0 or validating or last_step):
                 now = time.monotonic()
                 figures = {f"train/{k}": v for k, v in losses.items()}
@@ -192,15 +194,15 @@ def train(
                 since, window = now, 0
             if validating:
                 result = session.validate()
-                if best is None or result.score > best[0]:
+                improved = best is None or result.score > best[0]
+                if improved:
                     best = (result.score, step)
                 if tracker is not None:
                     figures = {f"validation/{k}": v for k, v in result.metrics.items()}
                     tracker.log(step, {**figures, "validation/score": result.score})
                 bar.note("validation " + ", ".join(f"{k} {v:.4f}" for k, v in result.metrics.items()))
                 since, window = time.monotonic(), 0
-            due = validating if settings.save_every is None else step % settings.save_every == 0
-            if due or validating or last_step:
+            if step in save_at or improved or last_step:
                 save()
                 saved_step = step
             if interrupted:
@@ -256,6 +258,22 @@ def validation_steps(settings: TrainingSettings, total: int) -> set[int]:
         }
     count = settings.validations
     return {round(total * (i + 1) / count) for i in range(count)} - {0} if count else set()
+
+
+def saving_steps(settings: TrainingSettings, total: int) -> set[int]:
+    """Steps after which a checkpoint is due, besides the last one and every new best.
+
+    Without ``save_every``: at evenly spaced validations; where there are none, or others, every fiftieth of the run, so
+    that a kill never costs more.
+    """
+    if settings.save_every is not None:
+        return set(range(settings.save_every, total + 1, settings.save_every)) | (
+            validation_steps(settings, total) if settings.validate_every is None else set()
+        )
+    if settings.validate_every is None and settings.validations > 0:
+        return validation_steps(settings, total)
+    every = max(total // _SAVES, _STEPS_BETWEEN_SAVES)
+    return set(range(every, total + 1, every))
 
 
 def calibrate(session: Session, started: float) -> tuple[int, dict[str, float]]:

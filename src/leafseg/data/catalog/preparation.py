@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import math
 import os
 import secrets
 import shutil
@@ -37,6 +38,7 @@ _FORMAT_VERSION = 1
 _THREADS = 4
 _SHOWN = 5  # names listed of each kind of problem
 _JPEG = (".jpg", ".jpeg")
+_JPEG_NOISE = 16  # JPEG keeps values apart only roughly
 _SEED = 1337
 
 
@@ -179,7 +181,7 @@ def _check_out(out: Path, *sources: Path) -> None:
         raise DataError(f"{out}: is the download itself; choose a folder of its own for the prepared set")
     if catalog_record(out) is not None:
         return
-    foreign = [name for name in (MANIFEST_FILE, "images", "masks") if (out / name).exists()]
+    foreign = [name for name in (MANIFEST_FILE, CATALOG_FILE, "images", "masks") if (out / name).exists()]
     if foreign:
         raise DataError(
             f"{out}: holds {', '.join(foreign)} that `leafseg data prepare` did not write; choose another --out"
@@ -187,19 +189,24 @@ def _check_out(out: Path, *sources: Path) -> None:
 
 
 def _clear_leftovers(out: Path) -> None:
-    for folder in out.glob(".tmp-*"):
+    for folder in out.glob(".tmp-" + 12 * "[0-9a-f]"):  # the names that `prepare` gives, and no others
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
 class _Look:
-    """One pair after its files were opened; ``image`` and ``mask`` are where the manifest will find them."""
+    """One pair after its files were opened; ``image`` and ``mask`` are where the manifest will find them.
+
+    ``cut`` names the lossless mask files with grey levels that became background, each with their share of the file's
+    non-zero pixels.
+    """
 
     pair: Pair
     image: Path
     mask: Path
     sha256: str
     pixels_sha256: str
+    cut: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -232,6 +239,13 @@ def _look_at_all(found: Found, target: str | None, staged: Path) -> tuple[list[_
     if not looks:
         raise DataError(f"{found.root}: no image of {found.known.title} can be used ({left_out[0]})")
     warnings = [f"images left out: {len(left_out)} ({_listed(left_out, '; ')})"] if left_out else []
+    cut = [one for look in looks for one in look.cut]
+    if cut:
+        share = math.ceil(100 * max(share for _, share in cut))
+        warnings.append(
+            f"masks with several grey levels, whose darker half became background: {len(cut)} (up to {share}% of a "
+            f"mask's non-zero pixels; {_listed([name for name, _ in cut])})"
+        )
     return looks, warnings
 
 
@@ -241,17 +255,20 @@ def _look_at(pair: Pair, target: str | None, staged: Path) -> _Look | _Problem:
         if target is not None:
             return _cropped(pair, pixels, target, staged)
         inside = np.zeros(pixels.shape[:2], bool)
+        cut = []
         for path in pair.masks:
-            one = _foreground(path)
+            one, share = _foreground(path)
             if one.shape != inside.shape:
                 return _size_problem(path, one, pixels)
+            if share:
+                cut.append((path.name, share))
             inside |= one
         if len(pair.masks) == 1 and _is_final(pair.masks[0], inside):
             mask = pair.masks[0]
         else:
             mask = staged / "masks" / f"{pair.name}.png"
             write_png(mask, inside.astype(np.uint8) * 255)
-        return _Look(pair, pair.image, mask, _file_sha256(pair.image), _pixels_sha256(pixels))
+        return _Look(pair, pair.image, mask, _file_sha256(pair.image), _pixels_sha256(pixels), tuple(cut))
     except DataError as error:
         return _Problem(str(error), fatal=True)
 
@@ -307,22 +324,34 @@ def disc_box(disc: NDArray[np.bool_]) -> tuple[slice, slice]:
     return box[0], box[1]
 
 
-def _foreground(path: Path) -> NDArray[np.bool_]:
-    """Where a mask is set ``[H, W]``, whether it is stored as 0/1, 0/255, a palette, with alpha, or as JPEG.
+def _foreground(path: Path) -> tuple[NDArray[np.bool_], float]:
+    """Where a mask is set ``[H, W]``, whether it is stored as 0/1, 0/255, a palette, with alpha, 16 bits, or as JPEG.
+
+    Returns:
+        The mask, and the share of a lossless file's non-zero pixels that are not in it: soft edges, or darker levels.
 
     Raises:
         DataError: for a file that cannot be read, or whose values leave it open what is foreground.
     """
     grey = _grey(path)
     top = int(grey.max(initial=0))
-    if path.suffix.lower() in _JPEG or top > 127:
-        return np.asarray(grey > (127 if top <= 255 else 32767))
+    if path.suffix.lower() in _JPEG:
+        if 0 < top <= _JPEG_NOISE:
+            raise DataError(
+                f"{path}: the mask's highest value is {top}, which in a JPEG can be noise as well as foreground; take "
+                "the file as it was published"
+            )
+        return np.asarray(grey > top // 2), 0.0  # what JPEG adds around edges is no level
+    if top > 127:
+        # 16 bits say nothing of the scale: 0/255, 0/1000 and 0/65535 all occur.
+        inside = np.asarray(grey > (127 if grey.dtype == np.uint8 else top // 2))
+        return inside, 1 - np.count_nonzero(inside) / np.count_nonzero(grey)
     if top > 1:
         raise DataError(
             f"{path}: the mask's highest value is {top}; masks of this set hold 0 and 1 or 0 and 255, take the file as "
             "it was published"
         )
-    return np.asarray(grey > 0)
+    return np.asarray(grey > 0), 0.0
 
 
 def _grey(path: Path) -> NDArray[Any]:
@@ -330,8 +359,7 @@ def _grey(path: Path) -> NDArray[Any]:
     pixels = read_image(path)
     if pixels.ndim == 2:
         return pixels
-    # JPEG keeps colours apart only roughly.
-    tolerance = 16 if path.suffix.lower() in _JPEG else 0
+    tolerance = _JPEG_NOISE if path.suffix.lower() in _JPEG else 0
     if int((pixels.max(axis=2).astype(np.int64) - pixels.min(axis=2)).max(initial=0)) > tolerance:
         raise DataError(
             f"{path}: the mask is in colours; masks of this set are grey, take the file as it was published"
