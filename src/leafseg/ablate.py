@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,7 +176,6 @@ def run_ablation(
     part: str = "test",
     inference_steps: Sequence[int] = (1,),
     records: Path | None = None,
-    split_files: Mapping[Path, Path] | None = None,
     keep_runs: bool = True,
 ) -> AblationResult:
     """Train and evaluate what is missing, seed by seed, then write the tables.
@@ -190,7 +189,6 @@ def run_ablation(
         part: which part is evaluated; checkpoints are chosen on the validation part.
         inference_steps: reverse steps to evaluate with; the first is the one that the tables show.
         records: JSON lines that a finished unit is appended to; default: inside ``out``.
-        split_files: stored splits by data set instead of the default one.
         keep_runs: False removes a unit's folder when its record is written.
 
     Raises:
@@ -206,7 +204,7 @@ def run_ablation(
         cell_settings(settings, cell, seed)  # a grid with a hole is refused before hours of work
     out_is_usable(out)
     records = records or out / RECORDS_FILE
-    manifests = {path: _manifest(path, settings, out, (split_files or {}).get(path)) for path in data}
+    manifests = {path: _manifest(path, settings, out) for path in data}
     units = [Unit(path, cell, seed) for seed in seeds for path in data for cell in cells]
     failed: dict[str, str] = {}
     interrupted = False
@@ -252,17 +250,12 @@ def run_ablation(
     return AblationResult(len(done), len(units), failed, interrupted, report)
 
 
-def _manifest(path: Path, settings: Settings, out: Path, split_file: Path | None) -> Manifest:
+def _manifest(path: Path, settings: Settings, out: Path) -> Manifest:
     """The data set with the split that the first call stored."""
     folder = out / path.name
     folder.mkdir(parents=True, exist_ok=True)
     stored = folder / SPLIT_FILE
-    manifest = load_manifest(
-        path,
-        settings=settings.data,
-        split_file=None if stored.is_file() else split_file,
-        run_split=stored if stored.is_file() else None,
-    )
+    manifest = load_manifest(path, settings=settings.data, run_split=stored if stored.is_file() else None)
     if not stored.is_file():
         save_split(manifest, stored)
     return manifest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -97,3 +98,50 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{path}: holds a {type(value).__name__}, not an object; restore or remove it")
     return value
+
+
+def check_new_folder(out: Path) -> None:
+    """Before any work is done: ``out`` must not exist, or be empty.
+
+    Raises:
+        DataError: if it is taken, or is the folder that the process works in.
+    """
+    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+        raise DataError(f"{out}: exists already and is not an empty folder; choose another --out")
+    if out.exists() and out.samefile("."):  # it would be replaced under the feet of whoever stands in it
+        raise DataError(f"{out}: is the folder that this command runs in; give --out a folder of its own")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` that takes its name when the block succeeds, and is removed when it fails.
+
+    Its files get the rights that new files have here: safetensors writes ones that only their owner may read.
+
+    Raises:
+        DataError: if ``out`` is taken, or the system refuses to write.
+    """
+    from safetensors import SafetensorError
+
+    check_new_folder(out)
+    target = Path(os.path.realpath(out))  # a name such as `a/..` has nothing beside it
+    partial = target.parent / f".partial-{secrets.token_hex(6)}-{target.name[-40:]}"
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        probe = partial / ".mode"
+        probe.touch()
+        mode = probe.stat().st_mode
+        probe.unlink()
+        for path in partial.rglob("*"):
+            if path.is_file():
+                path.chmod(mode)
+        os.replace(partial, target)  # an empty folder gives way
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise DataError(
+            f"{out}: cannot be written ({reason}); the folder must be writable and have free space, "
+            "choose another place or free some"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

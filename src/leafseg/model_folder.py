@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from leafseg.config import WeightsDtype
-from leafseg.errors import CheckpointError, DataError
+from leafseg.errors import CheckpointError
+from leafseg.files import check_new_folder, new_folder
 from leafseg.model.autoencoder import MaskDecoder
 from leafseg.pipeline import LeafPipeline
 
@@ -77,42 +77,18 @@ def slim_model(model: str, out: Path, *, dtype: WeightsDtype = "fp16", decoder_o
         DataError: if ``out`` is taken or cannot be written.
         CheckpointError: if the model cannot be loaded, or a weight is too large for ``dtype``.
     """
-    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
-        raise DataError(f"{out}: exists already and is not an empty folder; choose another --out")
-    if out.exists() and out.samefile("."):  # it would be replaced under the feet of whoever stands in it
-        raise DataError(f"{out}: is the folder that this command runs in; give --out a folder of its own")
+    check_new_folder(out)
     pipeline = LeafPipeline.from_pretrained(model)
     if decoder_only and not isinstance(pipeline.vae, MaskDecoder):
         pipeline.register_modules(vae=MaskDecoder.from_autoencoder(pipeline.vae))
-    target = Path(os.path.realpath(out))  # a name such as `a/..` has nothing beside it
-    partial = target.parent / f".partial-{secrets.token_hex(6)}-{target.name[-40:]}"
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(out) as partial:
         save_model_folder(pipeline, partial, dtype=dtype)
-        readable_by_all_who_read_folders(partial)
-        os.replace(partial, target)  # an empty folder gives way
-    except (OSError, SafetensorError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
-        raise DataError(f"{out}: cannot be written ({reason}); choose another --out or free space") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out
 
 
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def readable_by_all_who_read_folders(folder: Path) -> None:
-    """Give files the rights that new files have here: safetensors writes ones that only their owner may read."""
-    probe = folder / ".mode"
-    probe.touch()
-    mode = probe.stat().st_mode
-    probe.unlink()
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(mode)
 
 
 def _save_config(owner: Any, folder: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from leafseg.cli import main
@@ -52,6 +53,19 @@ def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def data(tiny_data: Callable[..., Path]) -> Path:
     """Forty small images with masks; not to be changed."""
     return tiny_data()
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random DINOv2 in a folder, 16 wide; not to be changed."""
+    folder = tmp_path_factory.mktemp("teacher")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = transformers.Dinov2Config(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+        )
+        transformers.Dinov2Model(config).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

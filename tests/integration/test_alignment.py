@@ -7,8 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
 
 from leafseg.runs import checkpoint_folder, checkpoint_steps
 from leafseg.training.tracking import read_metrics
@@ -18,19 +16,10 @@ Train = Callable[..., TrainingResult]
 
 
 @pytest.fixture(scope="module")
-def aligned(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+def aligned(teacher: Path) -> tuple[str, ...]:
     """Settings of a training with a teacher and without augmentation or dropout."""
-    folder = tmp_path_factory.mktemp("teacher")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = transformers.Dinov2Model(
-            transformers.Dinov2Config(
-                hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
-            )
-        )
-    model.save_pretrained(folder)
     return (
-        f"teacher.name={folder}", "objective.alignment_weight=0.5", "training.validations=0", "training.steps=4",
+        f"teacher.name={teacher}", "objective.alignment_weight=0.5", "training.validations=0", "training.steps=4",
         "data.augmentation.horizontal_flip=false", "model.unet.dropout=0", "model.image_encoder_dropout=0",
     )  # fmt: skip
 

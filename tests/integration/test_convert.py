@@ -475,7 +475,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path, released: Path
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("kept")
-    with pytest.raises(DataError, match="out: exists and is not empty; give a new folder to --out"):
+    with pytest.raises(DataError, match="out: exists already and is not an empty folder; choose another --out"):
         convert(released, out)
     assert [p.name for p in out.iterdir()] == ["mine.txt"]
     (out / "mine.txt").unlink()

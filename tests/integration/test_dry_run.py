@@ -24,18 +24,6 @@ Cli = Callable[..., Any]
 Train = Callable[..., TrainingResult]
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = transformers.Dinov2Config(
-            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
-        )
-        transformers.Dinov2Model(config).save_pretrained(folder)
-    return folder
-
-
 def content(*folders: Path) -> dict[str, str]:
     """Every file below, with a hash of what it holds."""
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from safetensors.torch import load_file
 
 from leafseg.config import Settings, override_settings
@@ -75,18 +74,6 @@ def test_gradient_checkpointing_reaches_every_trained_part_and_the_decoder_of_th
     for part in (task.parts.unet, task.parts.image_encoder):
         assert part.is_gradient_checkpointing
     assert any("forward" in module.__dict__ for module in task.parts.autoencoder.decoder.modules())
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = transformers.Dinov2Config(
-            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
-        )
-        transformers.Dinov2Model(config).save_pretrained(folder)
-    return folder
 
 
 def test_frozen_parts_have_no_gradient_no_optimizer_state_no_average_and_are_in_no_trainer_state(

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 
 from leafseg.runs import checkpoint_folder, checkpoint_steps
@@ -29,15 +28,8 @@ SETTINGS = (
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    folder = tmp_path_factory.mktemp("teacher")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = transformers.Dinov2Config(
-            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
-        )
-        transformers.Dinov2Model(config).save_pretrained(folder)
-    return (*SETTINGS, f"teacher.name={folder}")
+def settings(teacher: Path) -> tuple[str, ...]:
+    return (*SETTINGS, f"teacher.name={teacher}")
 
 
 @pytest.fixture(scope="module")

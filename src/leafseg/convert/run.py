@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -58,8 +53,8 @@ from leafseg.convert.sources import (
     released_parts,
     weight_files,
 )
-from leafseg.errors import CheckpointError, ConfigError, DataError
-from leafseg.files import write_json_atomic
+from leafseg.errors import CheckpointError, ConfigError
+from leafseg.files import check_new_folder, new_folder, write_json_atomic
 from leafseg.mask_code import MaskCode, make_mask_code
 from leafseg.model.autoencoder import DECODER_ONLY, MaskDecoder
 from leafseg.model.build import build_scheduler
@@ -187,7 +182,7 @@ def convert(
         DataError: if ``out`` is not empty or cannot be written.
     """
     source, out = str(source), Path(out)
-    _check_out(out)
+    check_new_folder(out)
     ours = pipeline_folder(source)
     if to == "released":
         for option, value in (("--vae", vae), ("--preset", preset), ("--prediction-type", prediction_type)):
@@ -526,7 +521,7 @@ def _to_released(folder: Path | None, source: str, out: Path, *, dtype: WeightsD
     report = ConversionReport("pipeline", source, str(out))
     if code.label_names != ("background", "foreground"):
         report.notes.append(f"the label names {', '.join(code.label_names)} have no place there")
-    with _new_folder(out) as partial, progress_bar("writing", total=len(tables)) as bar:
+    with new_folder(out) as partial, progress_bar("writing", total=len(tables)) as bar:
         for name, (part, table, heads, config) in tables.items():
             state = to_ldm(table, part.state, heads=heads, where=str(part.source))
             state = _own_storage(_cast(state, dtype))
@@ -617,7 +612,7 @@ def _write_pipeline(
             f"{report.source}: its input of {preprocessing['size']} pixels is no multiple of its stride "
             f"{preprocessing['stride']}; the configs do not belong to these weights"
         )
-    with _new_folder(out) as partial, progress_bar("writing", total=1) as bar:
+    with new_folder(out) as partial, progress_bar("writing", total=1) as bar:
         for name, part in parts.items():
             report.parts[name] = _fill(part, dtype)
         pipe = LeafPipeline(
@@ -638,7 +633,7 @@ def _write_pipeline(
 def _write_autoencoder(
     part: _Part[AutoencoderKL], out: Path, report: ConversionReport, dtype: WeightsDtype | None
 ) -> ConversionReport:
-    with _new_folder(out) as partial:
+    with new_folder(out) as partial:
         report.parts["autoencoder"] = _fill(part, dtype)
         part.module.save_pretrained(partial, safe_serialization=True)
         write_json_atomic(partial / REPORT_FILE, _report_json(report))
@@ -689,27 +684,3 @@ def _report_json(report: ConversionReport) -> dict[str, Any]:
     fields = asdict(report) | {"source": source.resolve().name if source.exists() else report.source}
     del fields["out"]
     return {"leafseg_version": leafseg.__version__, **fields}
-
-
-def _check_out(out: Path) -> None:
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise DataError(f"{out}: exists and is not empty; give a new folder to --out")
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its name when the block succeeds, and is removed when it fails."""
-    partial = out.parent / f".partial-{secrets.token_hex(6)}-{out.name[-40:]}"
-    try:
-        try:
-            partial.mkdir(parents=True)
-            yield partial
-            os.replace(partial, out)  # an empty folder gives way
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise DataError(
-                f"{out}: cannot be written ({reason}); the folder must be writable and have free space, "
-                "choose another place or free some"
-            ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
