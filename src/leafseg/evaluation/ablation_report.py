@@ -327,7 +327,6 @@ def plot(ablation: Ablation, path: Path) -> None:
         for y, item in enumerate(paired):
             cell = {**dict(item.others), item.setting: item.value}
             _bar(right, item.dice, y, colours[json.dumps(cell[first])])
-        right.axvline(0, color="#6b7280", linewidth=1, zorder=0)
         _label(
             right,
             [
@@ -335,6 +334,8 @@ def plot(ablation: Ablation, path: Path) -> None:
                 for i in paired
             ],
         )
+        if right.lines:
+            right.axvline(0, color="#6b7280", linewidth=1, zorder=0)
         right.set_title(f"{name}: paired difference in Dice")
     figure.suptitle(
         f"{ablation.steps} reverse step(s); 95 % bootstrap intervals over images and seeds",
@@ -358,6 +359,8 @@ def _bar(axes: Any, interval: Interval | None, y: int, colour: str) -> None:
 def _label(axes: Any, names: Sequence[str]) -> None:
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.set_ylim(max(len(names), 1) - 0.5, -0.5)
+    if not axes.lines:  # nothing was run: any scale would be made up
+        axes.set_xticks([])
     axes.grid(axis="x", color="#e5e7eb")
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):

@@ -37,8 +37,8 @@ _SHARPEST, _SMALLEST = 900, 400  # long side in pixels that pictures are shrunk 
 _BINS = 12
 # Colours of text, grid and lines on a light and on a dark page.
 _THEMES = {
-    "light": {"text": "#4b5563", "grid": "#e5e7eb", "line": "#0f766e", "faint": "#99d5cd"},
-    "dark": {"text": "#b6bdc8", "grid": "#374151", "line": "#5eead4", "faint": "#2f6f68"},
+    "light": {"text": "#4b5563", "grid": "#e5e7eb", "line": "#0f766e", "faint": "#99d5cd", "panel": "#ffffff"},
+    "dark": {"text": "#b6bdc8", "grid": "#374151", "line": "#5eead4", "faint": "#2f6f68", "panel": "#1b1f26"},
 }
 
 
@@ -325,7 +325,8 @@ def _histograms(rows: Sequence[EvaluationRow]) -> Iterator[_Picture]:
         def draw(axes: Axes, theme: Mapping[str, str], dice: list[float] = dice, edges: NDArray[Any] = edges) -> None:
             axes.hist(np.clip(dice, edges[0], edges[-1]), bins=list(edges), color=theme["line"], rwidth=0.92)
             mean = math.fsum(dice) / len(dice)
-            axes.axvline(mean, color=theme["text"], linewidth=1.2, linestyle=(0, (4, 3)))
+            axes.axvline(mean, color=theme["panel"], linewidth=3.5)  # else the dashes drown in a bar
+            axes.axvline(mean, color=theme["text"], linewidth=1.4, linestyle=(0, (4, 3)))
             axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
             axes.set_xlabel("Dice (dashed: mean)")
             axes.set_ylabel("images")
