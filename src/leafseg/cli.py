@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from leafseg.cli_data import data_app
+from leafseg.cli_options import DataOption, Overrides, Part, SplitFile
 from leafseg.errors import ConfigError, LeafsegError
 from leafseg.runs import is_main_process
 
@@ -24,15 +26,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(data_app)
 
 _BAD_INPUT = 2
-
-
-class Part(StrEnum):
-    train = "train"
-    validation = "validation"
-    test = "test"
-    all = "all"
 
 
 class NoiseKind(StrEnum):
@@ -63,13 +59,6 @@ class Resume(StrEnum):
     auto = "auto"
 
 
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="A setting by its dotted name, e.g. training.seed=3; repeatable.")
-]
-DataOption = Annotated[Path, typer.Option(help="Folder with images/ and masks/, or a CSV manifest.")]
-SplitFile = Annotated[
-    Path | None, typer.Option("--split-file", help="A stored split (CSV) instead of the default one.")
-]
 StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Reverse steps; default: the model's own (1).")]
 TimestepsOption = Annotated[
     Timesteps | None,
@@ -255,84 +244,6 @@ def presets(
             print(
                 f"  {part:<16}{count if count is not None else '':>14}{f'{work:.1f}' if work is not None else '':>18}"
             )
-
-
-data_app = typer.Typer(name="data", help="Known data sets: list them, prepare a downloaded one.", no_args_is_help=True)
-app.add_typer(data_app)
-
-
-class Protocol(StrEnum):
-    clean = "clean"
-    paper = "paper"
-
-
-class Target(StrEnum):
-    cup = "cup"
-    disc = "disc"
-
-
-@data_app.command("catalog")
-def data_catalog(
-    name: Annotated[str | None, typer.Argument(help="One set; default: all.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
-) -> None:
-    """The known data sets: what they show, how many images, terms, groups, protocols, and what to download."""
-    from dataclasses import asdict
-
-    from leafseg.data.catalog import KNOWN_SETS, known_set
-
-    sets = [known_set(name)] if name is not None else KNOWN_SETS
-    if as_json:
-        print(json.dumps({known.name: asdict(known) for known in sets}, indent=2))
-        return
-    for known in sets:
-        folders = ", ".join(f"{folder} {count}" for folder, count in known.images.items() if folder)
-        print(f"{known.name}: {known.title}")
-        print(f"  shows      {known.shows}")
-        print(f"  images     {known.total}{f' ({folders})' if folders else ''}")
-        print(f"  terms      {known.terms}")
-        print(f"  groups     {known.groups}")
-        print(f"  protocols  {', '.join(known.protocols)}{f' ({known.paper.remark})' if known.paper else ''}")
-        if known.targets:
-            print(f"  targets    {', '.join(known.targets)}")
-        print(f"  download   {known.archives}")
-        print(f"  unpacked   {known.expects}")
-
-
-@data_app.command("prepare")
-def data_prepare(
-    source: Annotated[Path, typer.Argument(help="The unpacked data set, or a folder one level above or below it.")],
-    out: Annotated[Path, typer.Option(help="New folder for manifest.csv, catalog.json, and masks that change.")],
-    dataset: Annotated[
-        str | None, typer.Option(help="See `leafseg data catalog`; default: recognised by its folders.")
-    ] = None,
-    protocol: Annotated[Protocol, typer.Option(help="clean: by group; paper: as published.")] = Protocol.clean,
-    target: Annotated[Target | None, typer.Option(help="refuge2: what the mask is; default: cup.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the paper protocol's random parts.")] = 1337,
-    validation_share: Annotated[
-        float, typer.Option(help="With --protocol paper: share of the training images held out for validation.")
-    ] = 0.0,
-) -> None:
-    """Recognise a data set as it is downloaded, pair its files, and write the split."""
-    from leafseg.data.catalog import prepare
-
-    done = prepare(
-        source,
-        out,
-        name=dataset,
-        protocol=protocol.value,
-        target=target.value if target else None,
-        seed=seed,
-        validation_share=validation_share,
-    )
-    counts = ", ".join(f"{part} {count}" for part, count in done.counts.items() if count or part != "unused")
-    print(f"{done.known.title} in {done.source}, protocol {done.protocol}: {counts}")
-    for warning in done.warnings:
-        print(f"warning: {warning}")
-    for note in done.notes:
-        print(f"note: {note}")
-    print(f"manifest: {done.manifest}")
-    print(f"train with --data {out}")
 
 
 @app.command()

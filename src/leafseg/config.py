@@ -34,12 +34,39 @@ class PreprocessingSettings(SettingsModel):
     size: tuple[int, int] = Field(
         (256, 256), description="network input (height, width) in pixels; multiples of stride"
     )
-    fit: Literal["stretch", "pad"] = Field("stretch", description="stretch to size, or keep the aspect ratio and pad")
+    fit: Literal["stretch", "pad", "tile"] = Field(
+        "stretch",
+        description="stretch to size; keep the aspect ratio and pad; or tile: no resizing, the network sees overlapping "
+        "tiles of this size at the image's own resolution",
+    )
+    tile_overlap: float = Field(
+        0.25, ge=0, lt=1, description="with fit tile: share of a tile that its neighbour repeats"
+    )
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    intensity: Literal["auto", "range", "percentile"] = Field(
+    intensity: Literal["auto", "range", "percentile", "window", "zscore"] = Field(
         "auto",
-        description="range: divide by the integer type's maximum; percentile: 0.5th..99.5th percentile of the image to "
-        "0..1; auto: range for 8-bit images, percentile for all others",
+        description="range: divide by the integer type's maximum; percentile: the image's percentiles to 0..1; window: "
+        "data.preprocessing.window to 0..1; zscore: mean - 3 sd .. mean + 3 sd to 0..1; auto: range for 8-bit images, "
+        "percentile for all others. Slices of a volume take the percentiles, mean and sd of the whole volume",
+    )
+    percentiles: tuple[float, float] = Field((0.5, 99.5), description="with intensity percentile, in percent")
+    window: tuple[float, float] | None = Field(
+        None, description="with intensity window: centre and width in the image's own units (Hounsfield units in CT)"
+    )
+    dicom_window: bool = Field(
+        False, description="apply the window (VOI LUT) that a DICOM file states, when reading it"
+    )
+    orientation: Literal["LPS", "stored"] = Field(
+        "LPS",
+        description="axes that volumes are turned and flipped to before slicing, without resampling; stored: as they lie "
+        "in the file",
+    )
+    slice_axis: Literal["z", "y", "x"] = Field(
+        "z", description="volumes are cut across this axis of the orientation; z gives axial slices in LPS"
+    )
+    neighbouring_slices: bool = Field(
+        False,
+        description="of volumes: the slices before, at and after as the three channels, instead of one three times",
     )
     stride: int = Field(8, ge=1, description="size must be a multiple of it: 8 times the U-Net's own")
 
@@ -47,6 +74,17 @@ class PreprocessingSettings(SettingsModel):
     def _size_is_a_multiple_of_stride(self) -> PreprocessingSettings:
         if any(side <= 0 or side % self.stride for side in self.size):
             raise ValueError(f"size is {list(self.size)}; height and width must be positive multiples of {self.stride}")
+        return self
+
+    @model_validator(mode="after")
+    def _intensity_is_complete(self) -> PreprocessingSettings:
+        low, high = self.percentiles
+        if not 0 <= low < high <= 100:
+            raise ValueError(f"percentiles are {low:g} and {high:g}; they must ascend within 0..100")
+        if (self.window is None) == (self.intensity == "window"):
+            raise ValueError("intensity window and the setting window (centre and width) belong together; give both")
+        if self.window is not None and not self.window[1] > 0:
+            raise ValueError(f"window is {list(self.window)}; its second number, the width, must be above 0")
         return self
 
 
