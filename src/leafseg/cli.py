@@ -12,11 +12,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from leafseg.cli_data import data_app
-from leafseg.cli_options import DataOption, Overrides, Part, SplitFile
+from leafseg.cli_options import (
+    DataOption,
+    Fold,
+    GroupColumn,
+    GroupDicom,
+    GroupRegex,
+    KeepTest,
+    ModalityKind,
+    ModalityOption,
+    NoNames,
+    Overrides,
+    Part,
+    SaltFile,
+    SplitFile,
+    StratifyColumn,
+    StratifyLabels,
+    StratifyRegex,
+    TableFile,
+    TestShare,
+)
 from leafseg.errors import ConfigError, LeafsegError
 from leafseg.runs import is_main_process
 
 if TYPE_CHECKING:
+    from leafseg.data.manifest import Manifest
+    from leafseg.evaluation.evaluate import Evaluation
+    from leafseg.predict import Segmenter
     from leafseg.training.trainer import TrainingResult
 
 app = typer.Typer(
@@ -46,6 +68,21 @@ class PrecisionKind(StrEnum):
 class Timesteps(StrEnum):
     trailing = "trailing"
     released = "released"
+
+
+class Format(StrEnum):
+    auto = "auto"
+    png = "png"
+    tiff = "tiff"
+    nifti = "nifti"
+    nrrd = "nrrd"
+    mha = "mha"
+    dicom_seg = "dicom-seg"
+
+
+class Contours(StrEnum):
+    geojson = "geojson"
+    coco = "coco"
 
 
 class WeightsKind(StrEnum):
@@ -83,9 +120,14 @@ def train(
     resume: Annotated[Resume, typer.Option(help="auto: continue the run if it has begun.")] = Resume.no,
     init_from: Annotated[str | None, typer.Option(help="Start from this model's weights (fine-tuning).")] = None,
     split_file: SplitFile = None,
+    fold: Fold = None,
+    modality: ModalityOption = None,
     stop_after: Annotated[int | None, typer.Option(min=1, help="Save and stop after this step; resume later.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Build everything, try one batch, print what to expect; write nothing.")
+    ] = False,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Skip `leafseg data check`; what cannot be read still stops.")
     ] = False,
     overrides: Overrides = None,
 ) -> None:
@@ -94,13 +136,13 @@ def train(
 
     if out is None and not dry_run:
         raise ConfigError("no --out: name the run's folder, or add --dry-run to see what the training would take")
-    dotted = _with_training_options(overrides, steps=steps, minutes=minutes, seed=seed)
+    dotted = _with_training_options(overrides, steps=steps, minutes=minutes, seed=seed, modality=modality)
     settings = load_settings(preset, file=config, overrides=dotted)
     if dry_run or out is None:
         from leafseg.training.dry_run import describe
         from leafseg.training.dry_run import dry_run as try_training
 
-        lines = describe(try_training(settings, data, split_file=split_file, init_from=init_from))
+        lines = describe(try_training(settings, data, split_file=split_file, fold=fold, init_from=init_from))
         if is_main_process():
             print("\n".join(lines))
         return
@@ -112,6 +154,8 @@ def train(
         data,
         out,
         split_file=split_file,
+        fold=fold,
+        check=not no_check,
         resume=resume is Resume.auto,
         init_from=init_from,
         stop_after=stop_after,
@@ -133,23 +177,31 @@ def evaluate(
     noise: NoiseOption = NoiseKind.gaussian,
     samples: SamplesOption = 1,
     precision: PrecisionOption = PrecisionKind.fp32,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Of the surface Dice: in mm, or in pixels where their size is unknown.")
+    ] = 2.0,
+    report: Annotated[
+        bool | None, typer.Option("--report/--no-report", help="A page to read; default: if matplotlib is installed.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Dice and IoU at original resolution, with intervals."""
-    from leafseg.data.manifest import load_manifest
+    """Overlap, distances and calibration at original resolution, with intervals; a table an image, and a report."""
+    import shlex
+    from importlib.util import find_spec
+
+    from leafseg.evaluation.report import find_examples, require_report_packages, write_report
     from leafseg.predict import out_is_usable
-    from leafseg.runs import is_run, selected_on_test
+    from leafseg.runs import is_run, run_of
 
     folder = out or (Path(model) / f"evaluation-{split.value}" if is_run(Path(model)) else Path("evaluation"))
     out_is_usable(folder)
-    settings, run_split = _data_of_run(model, overrides)
-    manifest = load_manifest(data, settings=settings, split_file=split_file, run_split=run_split)
-    part = manifest if split is Part.all else manifest.part(split.value)
+    if report:
+        require_report_packages()
 
-    from leafseg.evaluation.evaluate import evaluate as run_evaluation
-    from leafseg.predict import load_segmenter
+    from leafseg.ensemble import load_model
+    from leafseg.training.tracking import read_metrics
 
-    segmenter = load_segmenter(
+    segmenter = load_model(
         model,
         num_inference_steps=steps,
         timesteps=timesteps.value if timesteps else None,
@@ -157,39 +209,166 @@ def evaluate(
         num_samples=samples,
         precision=precision.value,
     )
-    result = run_evaluation(segmenter, part)
-    result.summary.update(model=model, part=split.value, precision=precision.value, noise=noise.value, samples=samples)
-    result.summary["steps"] = steps or int(segmenter.pipeline.config["num_inference_steps"])
-    result.summary["timesteps"] = timesteps.value if timesteps else segmenter.pipeline.config["timesteps"]
-    if split in (Part.test, Part.all) and selected_on_test(Path(model)):
-        result.summary["selected_on_test"] = True
-        print("warning: the test part chose this checkpoint (training.selection_part): these figures are optimistic")
+    part, result = _evaluated(
+        segmenter, model, data, split, split_file=split_file, overrides=overrides, tolerance=tolerance
+    )
+    result.summary.update(precision=precision.value, noise=noise.value, samples=samples)
+    pipeline = getattr(segmenter, "pipeline", None)  # an ensemble has several
+    if pipeline is not None:
+        result.summary["steps"] = steps or int(pipeline.config["num_inference_steps"])
+        result.summary["timesteps"] = timesteps.value if timesteps else pipeline.config["timesteps"]
+    command = result.summary["command"] = shlex.join(["leafseg", *sys.argv[1:]])
     result.save(folder)
+    unit = result.summary["distance_unit"]
     for name, figures in result.summary["classes"].items():
         print(f"{name}: {_figure('Dice', figures['dice'])}, {_figure('IoU', figures['iou'])}", end="")
         print(f" ({figures['images']} images, {figures['empty']} with an empty mask)")
+        print(f"  {_figure('precision', figures['precision'])}, {_figure('recall', figures['recall'])}")
+        print(f"  {_figure(f'HD95 ({unit})', figures['hd95'])}, {_figure(f'ASSD ({unit})', figures['assd'])}, ", end="")
+        print(_figure(f"surface Dice at {tolerance:g} {unit}", figures["nsd"]))
+        if figures["missed"]:
+            print(f"  missed altogether: {figures['missed']} images, which the distances leave out")
         if figures["false_positive_rate"]:
             print(f"  {_figure('false-positive rate on empty masks', figures['false_positive_rate'])}")
+        if "volumes" in figures:
+            print(f"  {figures['volumes']} volumes: {_figure('Dice', figures['volume_dice'])}", end="")
+            print(f", {_figure('HD95 (mm)', figures['volume_hd95'])}, {_figure('ASSD (mm)', figures['volume_assd'])}")
+        failed = result.summary["failures"][name]
+        if failed["total"]:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in failed["reasons"].items())
+            print(f"  failures: {failed['total']} ({reasons}); worst: ", end="")
+            print(", ".join(entry["name"] for entry in failed["worst"][:3]))
+    print(result.summary["interval"])
     print(f"tables: {folder / 'per_image.csv'}, {folder / 'summary.json'}")
+    if report or (report is None and find_spec("matplotlib") is not None):
+        run = run_of(Path(model))
+        write_report(
+            folder / "report.html",
+            title=f"{(run or Path(model)).resolve().name} on {data.resolve().name}",
+            evaluation=result,
+            metrics=read_metrics(run) if run is not None else (),
+            record=_run_record(run) if run is not None else None,
+            examples=find_examples(segmenter, part, result),
+            command=command,
+        )
+        print(f"report: {folder / 'report.html'}")
+
+
+def _evaluated(
+    segmenter: Segmenter,
+    model: str,
+    data: Path,
+    split: Part,
+    *,
+    split_file: Path | None,
+    overrides: list[str] | None,
+    tolerance: float,
+) -> tuple[Manifest, Evaluation]:
+    """The part that a model is evaluated on, cut into images as the model reads them, and its evaluation."""
+    from importlib.metadata import version
+
+    from leafseg.data.manifest import load_manifest
+    from leafseg.evaluation.evaluate import evaluate as run_evaluation
+    from leafseg.runs import model_sha256, selected_on_test
+    from leafseg.training.run import library_versions
+
+    settings, run_split = _data_of_run(model, overrides)
+    settings = settings.model_copy(update={"preprocessing": segmenter.preprocessing})
+    manifest = load_manifest(data, settings=settings, split_file=split_file, run_split=run_split)
+    part = manifest if split is Part.all else manifest.part(split.value)
+    result = run_evaluation(segmenter, part, tolerance=tolerance)
+    result.summary.update(
+        model=model, model_sha256=model_sha256(model), data=data.resolve().name, part=split.value,
+        preprocessing=segmenter.preprocessing.model_dump(mode="json"),
+        versions={name: version(name) for name in ("leafseg", "monai", "scipy")} | library_versions(),
+    )  # fmt: skip
+    if split in (Part.test, Part.all) and selected_on_test(Path(model)):
+        result.summary["selected_on_test"] = True
+        print("warning: the test part chose this checkpoint (training.selection_part): these figures are optimistic")
+    return part, result
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="An evaluation's folder; with --data, also a model.")],
+    second: Annotated[str, typer.Argument(help="What is compared with it: differences are second minus first.")],
+    name: Annotated[list[str] | None, typer.Option(help="What to call them; twice, in order.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Data that models are evaluated on first.")] = None,
+    split: Annotated[Part, typer.Option(help="With --data: which part.")] = Part.test,
+    out: Annotated[Path, typer.Option(help="Folder for compare.json, compare.png and new evaluations.")] = Path(
+        "comparison"
+    ),
+    split_file: SplitFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Two evaluations image by image: paired differences with intervals, and a Wilcoxon test corrected after Holm."""
+    from leafseg.evaluation.compare import compare as run_comparison
+    from leafseg.evaluation.compare import is_evaluation, read_evaluation, table
+    from leafseg.predict import out_is_usable
+    from leafseg.runs import is_run
+
+    given = (first, second)
+    missing = next((model for model in given if not is_evaluation(Path(model))), None)
+    if missing is not None and data is None:
+        raise ConfigError(
+            f"{missing}: is no evaluation (per_image.csv and summary.json); name the folder of one, or evaluate models "
+            "with --data"
+        )
+    if name:
+        names = _model_names(list(given), name)
+    else:
+        paths = [Path(model).resolve() for model in given]
+        names = [(path.parent if is_run(path.parent) else path).name for path in paths]  # RUN/evaluation-test is RUN
+        names = names if names[0] != names[1] else ["first", "second"]
+    out_is_usable(out)
+    folders = []
+    for label, model in zip(names, given, strict=True):
+        folder = Path(model)
+        if data is not None and not is_evaluation(folder):
+            from leafseg.ensemble import load_model
+
+            folder = out / label
+            _, result = _evaluated(
+                load_model(model), model, data, split, split_file=split_file, overrides=overrides, tolerance=2.0
+            )
+            result.save(folder)
+        folders.append(folder)
+    result_of = run_comparison(read_evaluation(folders[0]), read_evaluation(folders[1]), names=(names[0], names[1]))
+    result_of.save(out)
+    print("\n".join(table(result_of)))
+    print(f"figures: {out / 'compare.json'}")
 
 
 @app.command()
 def predict(
     model: Annotated[str, typer.Argument(help="A run, a pipeline folder, or a hub id.")],
-    inputs: Annotated[list[Path], typer.Argument(help="Images, volumes, or folders of them.")],
+    inputs: Annotated[
+        list[Path], typer.Argument(help="Images, volumes, DICOM files or series folders, or folders of them.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the masks and report.json.")],
+    output_format: Annotated[
+        Format, typer.Option("--format", help="auto: PNG for flat images, volumes as they came, DICOM-SEG for DICOM.")
+    ] = Format.auto,
     steps: StepsOption = None,
     timesteps: TimestepsOption = None,
     noise: NoiseOption = NoiseKind.gaussian,
     samples: SamplesOption = 1,
     precision: PrecisionOption = PrecisionKind.fp32,
-    probability: Annotated[bool, typer.Option(help="Also write the probability as 16-bit PNG.")] = False,
-    overlay: Annotated[bool, typer.Option(help="Also write the image with the mask's outline.")] = False,
+    probability: Annotated[bool, typer.Option(help="Also write the probability of each label.")] = False,
+    overlay: Annotated[bool, typer.Option(help="Also write the image with the labels' outlines.")] = False,
+    contours: Annotated[
+        Contours | None, typer.Option(help="Also write polygons: a GeoJSON file an input, or one COCO file.")
+    ] = None,
+    segments: Annotated[
+        Path | None, typer.Option(help="JSON file with the coded names of labels for DICOM-SEG, see docs/outputs.md.")
+    ] = None,
 ) -> None:
-    """Masks for new images, at their own size."""
-    from leafseg.predict import load_segmenter, predict_files
+    """Masks for new images, on their own grid."""
+    from leafseg.ensemble import load_model
+    from leafseg.outputs.dicom_seg import read_segment_codes
+    from leafseg.predict import foreground_names, predict_files
 
-    segmenter = load_segmenter(
+    segmenter = load_model(
         model,
         num_inference_steps=steps,
         timesteps=timesteps.value if timesteps else None,
@@ -197,7 +376,17 @@ def predict(
         num_samples=samples,
         precision=precision.value,
     )
-    report = predict_files(segmenter, inputs, out, probability=probability, overlay=overlay, model_name=model)
+    report = predict_files(
+        segmenter,
+        inputs,
+        out,
+        output_format=output_format.value,
+        probability=probability,
+        overlay=overlay,
+        contours=contours.value if contours else None,
+        segment_codes=read_segment_codes(segments, foreground_names(segmenter)) if segments else None,
+        model_name=model,
+    )
     print(f"{len(report.written)} of {len(report.written) + len(report.failed)} files in {report.seconds:.1f} s: {out}")
     for reason in report.failed.values():
         print(f"error: {reason}", file=sys.stderr)
@@ -473,6 +662,92 @@ def ablate(
         raise typer.Exit(_BAD_INPUT)
 
 
+@app.command()
+def crossval(
+    data: DataOption,
+    out: Annotated[Path, typer.Option(help="Folder for the split, a run a fold, the figures and the ensemble.")],
+    folds: Annotated[int, typer.Option(min=2, help="How many, if the split is made here.")] = 5,
+    split_file: SplitFile = None,
+    preset: Annotated[str, typer.Option(help="See `leafseg presets`.")] = "leaf-tiny",
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings on top of the preset.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Budget of each fold in optimizer steps.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="Budget of the first fold; the others take as many steps.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random in training.")] = None,
+    modality: ModalityOption = None,
+    init_from: Annotated[str | None, typer.Option(help="Start each fold from this model's weights.")] = None,
+    inference_steps: Annotated[
+        int | None, typer.Option(min=1, help="Reverse steps to evaluate with; default: the model's own.")
+    ] = None,
+    group_regex: GroupRegex = None,
+    group_column: GroupColumn = None,
+    group_dicom: GroupDicom = None,
+    stratify_labels: StratifyLabels = False,
+    stratify_regex: StratifyRegex = None,
+    stratify_column: StratifyColumn = None,
+    table: TableFile = None,
+    test: TestShare = 0.1,
+    keep_test: KeepTest = False,
+    split_seed: Annotated[int, typer.Option(help="Of the split's shuffling.")] = 1337,
+    salt_file: SaltFile = None,
+    no_names: NoNames = False,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Skip `leafseg data check`; what cannot be read still stops.")
+    ] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Train a model a fold, evaluate each on what it never saw, and their ensemble on the test part; resumes."""
+    from leafseg.config import load_settings
+    from leafseg.crossval import run_crossval, store_new_split
+    from leafseg.predict import out_is_usable
+
+    dotted = _with_training_options(overrides, steps=steps, minutes=minutes, seed=seed, modality=modality)
+    settings = load_settings(preset, file=config, overrides=dotted)
+    out_is_usable(out)
+    if split_file is None:
+        options = {
+            "group_regex": group_regex,
+            "group_column": group_column,
+            "group_dicom": group_dicom.value if group_dicom else None,
+            "stratify_labels": stratify_labels,
+            "stratify_regex": stratify_regex,
+            "stratify_column": stratify_column,
+            "table": table,
+            "folds": folds,
+            "test": test,
+            "keep_test": keep_test,
+            "seed": split_seed,
+            "salt_file": salt_file,
+            "names": not no_names,
+        }
+        print("\n".join(store_new_split(data, out, settings=settings.data, **options)))
+    result = run_crossval(
+        settings,
+        data,
+        out,
+        split_file=split_file,
+        init_from=init_from,
+        inference_steps=inference_steps,
+        check=not no_check,
+    )
+    for fold in result.folds:
+        _print_figures(f"fold {fold.number}", fold.summary)
+    if result.out_of_fold is None:
+        print(f"{len(result.folds)} of {result.total} folds are done: continue with the same command")
+        return
+    _print_figures("all folds, held out", result.out_of_fold)
+    if result.test is not None:
+        _print_figures("ensemble, test part", result.test)
+    print(f"figures: {out / 'crossval.json'}, {out / 'per_image.csv'}; predict with {out}")
+
+
+def _print_figures(name: str, summary: dict[str, Any]) -> None:
+    for label, figures in summary["classes"].items():
+        counts = f"{figures['images']} images, {figures['empty']} with an empty mask"
+        print(f"{name}: {label}: {_figure('Dice', figures['dice'])}, {_figure('IoU', figures['iou'])} ({counts})")
+
+
 def _integers(option: str, text: str) -> list[int]:
     """Positive or zero integers of a comma-separated list, without repeats."""
     parts = [part.strip() for part in text.split(",")]
@@ -532,13 +807,20 @@ def convert(
 
 
 def _with_training_options(
-    overrides: list[str] | None, *, steps: int | None, minutes: float | None, seed: int | None = None
+    overrides: list[str] | None,
+    *,
+    steps: int | None,
+    minutes: float | None,
+    seed: int | None = None,
+    modality: ModalityKind | None = None,
 ) -> list[str]:
-    """The overrides, and the budget and seed that were given as options of their own."""
+    """The overrides, and what was given as options of their own."""
     if steps is not None and minutes is not None:
         raise ConfigError("--steps and --minutes are both given; give one of them")
     given = {"steps": steps, "minutes": minutes, "seed": seed}
-    return [*(overrides or []), *(f"training.{name}={value}" for name, value in given.items() if value is not None)]
+    kind = [f"data.modality={modality.value}"] if modality else []
+    budget = [f"training.{name}={value}" for name, value in given.items() if value is not None]
+    return [*(overrides or []), *kind, *budget]
 
 
 def _print_result(result: TrainingResult, out: Path) -> None:
@@ -597,8 +879,12 @@ def _data_of_run(model: str, overrides: list[str] | None) -> tuple[Any, Path | N
     A run's checkpoint and pipeline folders count as the run: its test part must not hold what it was trained on.
     """
     from leafseg.config import load_settings
-    from leafseg.runs import SPLIT_FILE, run_of
+    from leafseg.runs import SPLIT_FILE, is_ensemble, run_of
 
+    if is_ensemble(Path(model)):
+        from leafseg.ensemble import ensemble_models, split_of_ensemble
+
+        return _data_of_run(ensemble_models(Path(model))[0], overrides)[0], split_of_ensemble(Path(model))
     run = run_of(Path(model))
     if run is None:
         return load_settings(overrides=overrides or ()).data, None
@@ -611,6 +897,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("leafseg").setLevel(logging.INFO if is_main_process() else logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns at its import of kernels that nobody asked for
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # lists a damaged file's tags before it raises
     try:
         app()
     except LeafsegError as error:

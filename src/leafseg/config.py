@@ -20,6 +20,7 @@ Noise = Literal["gaussian", "zeros"]
 WeightsDtype = Literal["fp32", "fp16", "bf16"]
 AlignmentReduction = Literal["mean", "mean_over_batch"]
 TimestepSpacing = Literal["trailing", "released"]
+Modality = Literal["generic", "xray", "ct", "mri", "ultrasound", "dermoscopy", "fundus", "endoscopy", "microscopy"]
 
 
 class SettingsModel(BaseModel):
@@ -99,9 +100,16 @@ class AugmentationSettings(SettingsModel):
     brightness: float = Field(0.0, ge=0, le=1, description="uniform offset in +- this, on the 0..1 scale")
     contrast: float = Field(0.0, ge=0, lt=1, description="uniform factor in 1 +- this, about the image's mean")
     gamma: float = Field(0.0, ge=0, lt=1, description="log-uniform exponent in exp(+- this)")
+    saturation: float = Field(0.0, ge=0, le=1, description="uniform factor in 1 +- this on colours; grey stays grey")
+    hue: float = Field(0.0, ge=0, le=0.5, description="uniform turn of the colours in +- this share of the circle")
 
 
 class DataSettings(SettingsModel):
+    modality: Modality = Field(
+        "generic",
+        description="what the images are; chooses the augmentation (docs/augmentation.md) below the user's own "
+        "settings; generic: the preset's",
+    )
     preprocessing: PreprocessingSettings = PreprocessingSettings()
     augmentation: AugmentationSettings = AugmentationSettings()
     foreground_labels: tuple[int, ...] | None = Field(
@@ -109,6 +117,21 @@ class DataSettings(SettingsModel):
     )
     mask_threshold: int | None = Field(
         None, description="for grey masks with soft edges (JPEG): a pixel above it is foreground"
+    )
+    label_names: dict[int, str] | None = Field(
+        None,
+        description="mask value to class name, such as {1: cytoplasm, 2: nucleus}; it says which classes there are, "
+        "also where one is absent; default: the data folder's labels.json, else the values found",
+    )
+    ignore_label: int | None = Field(
+        None, description="mask value of pixels that nobody labelled: left out of the loss and of every figure"
+    )
+    foreground_tiles: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="with preprocessing.fit tile: share of training tiles centred on a labelled pixel; the others lie "
+        "anywhere",
     )
     workers: int = Field(0, ge=0, description="data loading processes; 0 loads in the training process")
     cache_mb: int = Field(1024, ge=0, description="decoded training samples kept in memory per process")
@@ -150,7 +173,11 @@ class ModelSettings(SettingsModel):
     autoencoder: AutoencoderSettings = AutoencoderSettings()
     unet: UNetSettings = UNetSettings()
     image_encoder_dropout: float = Field(0.2, ge=0, lt=1)
-    mask_code: str = Field("binary", description="name of a registered mask code")
+    mask_code: str = Field(
+        "auto",
+        description="how classes become pictures: binary; planes: one picture a class; bits: fewer pictures from four "
+        "classes on; overlapping: one a label; auto: what the data need",
+    )
 
     @property
     def stride(self) -> int:
@@ -331,6 +358,12 @@ class Settings(SettingsModel):
                 f"objective.pixel_weight is {goal.pixel_weight} with prediction_type epsilon: the mask it implies is "
                 "noise at late timesteps; set pixel_weight to 0 or prediction_type to sample"
             )
+        teacher = self.teacher
+        if self.data.preprocessing.fit == "tile" and teacher.name != "none" and teacher.features == "cached":
+            problems.append(
+                "teacher.features is cached with data.preprocessing.fit tile: features are cached once an image, and "
+                "every tile is another crop of it; set teacher.features to live"
+            )
         if goal.alignment_tap >= len(self.model.unet.block_out_channels) - 1:
             problems.append(
                 f"objective.alignment_tap is {goal.alignment_tap}; the U-Net's down blocks with a downsampler are 0.."
@@ -476,6 +509,58 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# What may happen to a training image of each kind; every value is stated, so that no preset shows through. A flip is
+# right where the instrument may be held that way; the left and right of a body stay, since labels may name a side.
+_AUGMENTATION: dict[str, dict[str, Any]] = {
+    "xray": {
+        "horizontal_flip": False, "vertical_flip": False, "rotation_degrees": 10.0, "scale": [0.85, 1.2],
+        "translation": 0.1, "brightness": 0.1, "contrast": 0.25, "gamma": 0.3, "saturation": 0.0, "hue": 0.0,
+    },
+    "ct": {  # Hounsfield units are calibrated: little changes in brightness
+        "horizontal_flip": False, "vertical_flip": False, "rotation_degrees": 10.0, "scale": [0.85, 1.2],
+        "translation": 0.1, "brightness": 0.05, "contrast": 0.1, "gamma": 0.0, "saturation": 0.0, "hue": 0.0,
+    },
+    "mri": {  # its units are arbitrary
+        "horizontal_flip": False, "vertical_flip": False, "rotation_degrees": 15.0, "scale": [0.85, 1.2],
+        "translation": 0.1, "brightness": 0.1, "contrast": 0.25, "gamma": 0.3, "saturation": 0.0, "hue": 0.0,
+    },
+    "ultrasound": {  # the probe can be turned round; depth and shadows run downwards
+        "horizontal_flip": True, "vertical_flip": False, "rotation_degrees": 10.0, "scale": [0.85, 1.2],
+        "translation": 0.1, "brightness": 0.15, "contrast": 0.25, "gamma": 0.3, "saturation": 0.0, "hue": 0.0,
+    },
+    "dermoscopy": {
+        "horizontal_flip": True, "vertical_flip": True, "rotation_degrees": 180.0, "scale": [0.8, 1.25],
+        "translation": 0.1, "brightness": 0.1, "contrast": 0.2, "gamma": 0.1, "saturation": 0.2, "hue": 0.02,
+    },
+    "fundus": {  # mirrored, the left eye is a right one; above and below differ
+        "horizontal_flip": True, "vertical_flip": False, "rotation_degrees": 15.0, "scale": [0.85, 1.2],
+        "translation": 0.1, "brightness": 0.1, "contrast": 0.2, "gamma": 0.2, "saturation": 0.2, "hue": 0.01,
+    },
+    "endoscopy": {
+        "horizontal_flip": True, "vertical_flip": True, "rotation_degrees": 180.0, "scale": [0.8, 1.25],
+        "translation": 0.1, "brightness": 0.15, "contrast": 0.2, "gamma": 0.2, "saturation": 0.2, "hue": 0.02,
+    },
+    "microscopy": {  # stains differ from laboratory to laboratory
+        "horizontal_flip": True, "vertical_flip": True, "rotation_degrees": 180.0, "scale": [0.8, 1.25],
+        "translation": 0.1, "brightness": 0.1, "contrast": 0.2, "gamma": 0.2, "saturation": 0.3, "hue": 0.05,
+    },
+}  # fmt: skip
+
+
+def _augmentation_of(modality: Any, preset: str) -> dict[str, Any]:
+    """The layer of settings that a modality stands for; that of generic is the preset's own augmentation."""
+    if isinstance(modality, str) and modality in _AUGMENTATION:
+        return {"data": {"augmentation": _AUGMENTATION[modality]}}
+    preset_data = _PRESETS.get(preset, {}).get("data", {})
+    own = AugmentationSettings.model_validate(preset_data.get("augmentation", {}))
+    return {"data": {"augmentation": own.model_dump(mode="json")}}
+
+
+def _stated_modality(layer: Mapping[str, Any]) -> Any:
+    data = layer.get("data")
+    return data.get("modality") if isinstance(data, Mapping) else None
+
+
 def preset_names() -> list[str]:
     return list(_PRESETS)
 
@@ -493,7 +578,11 @@ def load_settings(preset: str = "leaf-base", *, file: Path | None = None, overri
         raise ConfigError(
             f"{file}: changes preset {stated['preset']}, and {preset} was asked for; choose preset {stated['preset']}"
         )
-    layers = [_PRESETS[preset], stated, _from_dotlist(overrides)]
+    dotted = _from_dotlist(overrides)
+    layers = [_PRESETS[preset], stated, dotted]
+    modality = _stated_modality(dotted) or _stated_modality(stated)
+    if modality is not None:
+        layers.insert(1, _augmentation_of(modality, preset))
     return parse_settings(_merged(layers), source=str(file or f"preset {preset}"))
 
 
@@ -513,7 +602,11 @@ def override_settings(settings: Settings, overrides: Iterable[str]) -> Settings:
     Raises:
         ConfigError: as :func:`load_settings`.
     """
-    return parse_settings(_merged([settings.model_dump(mode="json"), _from_dotlist(overrides)]), source="--set")
+    layers = [settings.model_dump(mode="json"), _from_dotlist(overrides)]
+    modality = _stated_modality(layers[1])
+    if modality not in (None, settings.data.modality):
+        layers.insert(1, _augmentation_of(modality, settings.preset))
+    return parse_settings(_merged(layers), source="--set")
 
 
 def _read_yaml(file: Path | None) -> dict[str, Any]:
@@ -566,7 +659,8 @@ def _merge_two(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, 
     result = dict(below)
     for name, value in above.items():
         old = result.get(name)
-        if isinstance(old, Mapping) and isinstance(value, Mapping):
+        # A table of label names is one value: names that are not repeated are gone.
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and name != "label_names":
             result[name] = _merge_two(old, value)
         else:
             result[name] = value

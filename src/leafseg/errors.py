@@ -21,3 +21,10 @@ class CheckpointError(LeafsegError):
 
 class MissingExtraError(LeafsegError):
     """An optional package that a feature needs is not installed; the message names the extra or the install command."""
+
+
+def last_line(error: BaseException) -> str:
+    """What a library's exception says, short and printable; ITK's span many lines, the last of which says it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = "".join(c if c.isprintable() else "?" for c in lines[-1]) if lines else type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -4,10 +4,14 @@ A code draws the labels of one image as ``num_pictures`` RGB pictures in -1..1. 
 itself, and their latents are stacked along the channels: a code with two pictures and four latent channels makes an
 eight-channel mask latent. Everything else (U-Net channels, pipeline, evaluation) follows from the code's attributes, so
 that a new code needs no change elsewhere: subclass, ``register_mask_code``, name it in ``model.mask_code``.
+
+All codes here draw black-and-white pictures: the shipped autoencoder was trained on such masks, and carries classes
+that are drawn as colours badly or not at all (docs/results/mask_codes.md).
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar, TypeVar
@@ -15,9 +19,14 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from leafseg.data.manifest import IGNORE
 from leafseg.errors import ConfigError
 
+AUTO = "auto"
 PICTURE_CHANNELS = 3
+# Steepness of the softmax and sigmoid over decoded pictures: what was decoded exactly (+-1) has a probability of 0.98,
+# whatever the number of classes.
+_SURE = 4.0
 
 
 class MaskCode(ABC):
@@ -84,29 +93,70 @@ def register_mask_code(name: str) -> Callable[[_Code], _Code]:
     return register
 
 
-def make_mask_code(name: str, label_names: tuple[str, ...]) -> MaskCode:
+def make_mask_code(name: str, label_names: tuple[str, ...], *, overlapping: bool | None = None) -> MaskCode:
     """The registered code ``name`` for these labels.
+
+    Args:
+        name: of a registered code; ``auto`` takes ``overlapping`` for overlapping labels, ``binary`` for two classes
+            and ``planes`` for more. The code's own ``name`` is the resolved one.
+        label_names: one a class, background first; for overlapping labels one a label.
+        overlapping: whether a pixel may have several labels; None trusts the name, which then must not be ``auto``.
 
     Raises:
         ConfigError: for an unknown name, or labels that the code cannot write.
     """
+    if name == AUTO and overlapping is not None:
+        name = "overlapping" if overlapping else "binary" if len(label_names) == 2 else "planes"
     if name not in _CODES:
         raise ConfigError(f"model.mask_code is {name!r}; known are {', '.join(sorted(_CODES))}")
-    return _CODES[name](label_names)
+    code = _CODES[name](label_names)
+    if overlapping is not None and overlapping == code.exclusive:
+        kinds = ("exclude each other", "overlap")
+        raise ConfigError(
+            f"model.mask_code is {name!r}, which is for labels that {kinds[not code.exclusive]}, and those of the data "
+            f"{kinds[overlapping]}; leave it at {AUTO!r}"
+        )
+    return code
+
+
+def foreground(labels: Tensor) -> Tensor:
+    """Binary labels ``[B, H, W]`` int64: where ``[B, H, W]``, or overlapping ``[B, C, H, W]``, holds any label."""
+    return (labels.any(1) if labels.ndim == 4 else (labels > 0) & (labels != IGNORE)).long()
+
+
+def _grey_pictures(planes: Tensor) -> Tensor:
+    """One black-and-white picture a plane: 0 or 1 in ``[B, P, H, W]`` to -1 or 1 in ``[B, 3 P, H, W]``."""
+    return (planes.float() * 2 - 1).repeat_interleave(PICTURE_CHANNELS, 1)
+
+
+def _grey_values(decoded: Tensor) -> Tensor:
+    """The mean of each picture's three channels, ``[B, P, H, W]``."""
+    return decoded.unflatten(1, (-1, PICTURE_CHANNELS)).mean(2)
+
+
+class _IndependentCode(MaskCode):
+    """A black-and-white picture an output, each present or not whatever the others are."""
+
+    def logits(self, decoded: Tensor) -> Tensor:
+        return _SURE * _grey_values(decoded)
+
+    def probability(self, decoded: Tensor) -> Tensor:
+        return _grey_values((decoded.clamp(-1, 1) + 1) / 2)
+
+    def mask(self, probability: Tensor) -> Tensor:
+        return probability > 0.5
 
 
 @register_mask_code("binary")
-class BinaryMaskCode(MaskCode):
+class BinaryMaskCode(_IndependentCode):
     """LEAF's own code: the foreground as a white-on-black picture with three equal channels."""
-
-    # Steepness of the sigmoid that the pixel loss sees: a decoded +-1 means a probability of 0.98.
-    _LOGIT_SCALE = 4.0
 
     def __init__(self, label_names: tuple[str, ...] = ("background", "foreground")) -> None:
         if len(label_names) != 2:
             raise ConfigError(
                 f"the masks hold {len(label_names)} classes ({', '.join(label_names)}); the binary mask code writes "
-                "two: choose the foreground, for example --set data.foreground_labels=[1]"
+                "two: choose the foreground, for example --set data.foreground_labels=[1], or leave model.mask_code at "
+                f"{AUTO!r}"
             )
         super().__init__(label_names)
 
@@ -115,17 +165,97 @@ class BinaryMaskCode(MaskCode):
         return 1
 
     def encode(self, labels: Tensor) -> Tensor:
-        picture = (labels > 0).float() * 2 - 1
-        return picture[:, None].expand(-1, PICTURE_CHANNELS, -1, -1)
-
-    def logits(self, decoded: Tensor) -> Tensor:
-        return self._LOGIT_SCALE * decoded.mean(1, keepdim=True)
-
-    def probability(self, decoded: Tensor) -> Tensor:
-        return ((decoded.clamp(-1, 1) + 1) / 2).mean(1, keepdim=True)
+        return _grey_pictures((labels > 0)[:, None])
 
     def labels(self, probability: Tensor) -> Tensor:
         return (probability[:, 0] > 0.5).to(torch.int64)
 
+
+@register_mask_code("overlapping")
+class OverlappingMaskCode(_IndependentCode):
+    """Overlapping labels: a picture each, as LEAF draws its one foreground."""
+
+    exclusive = False
+
+    def __init__(self, label_names: tuple[str, ...]) -> None:
+        super().__init__(label_names)
+        self.num_pictures = len(label_names)
+
+    @property
+    def n_outputs(self) -> int:
+        return len(self.label_names)
+
+    def encode(self, labels: Tensor) -> Tensor:
+        return _grey_pictures(labels)
+
+    def labels(self, probability: Tensor) -> None:
+        return None
+
+
+class _ExclusiveCode(MaskCode):
+    """More than two classes of which every pixel has one: probabilities are a softmax."""
+
+    def __init__(self, label_names: tuple[str, ...]) -> None:
+        if len(label_names) < 2:
+            raise ConfigError(f"the labels are {', '.join(label_names) or 'none'}; a mask has a background and a class")
+        super().__init__(label_names)
+
+    @property
+    def n_outputs(self) -> int:
+        return len(self.label_names)
+
+    def probability(self, decoded: Tensor) -> Tensor:
+        return self.logits(decoded).softmax(1)
+
+    def labels(self, probability: Tensor) -> Tensor:
+        return probability.argmax(1)
+
     def mask(self, probability: Tensor) -> Tensor:
-        return probability > 0.5
+        classes = torch.arange(self.n_outputs, device=probability.device)
+        return self.labels(probability)[:, None] == classes[:, None, None]
+
+
+@register_mask_code("planes")
+class PlanesMaskCode(_ExclusiveCode):
+    """Each class but the background as a black-and-white picture; the background is what they leave over.
+
+    So a blurred border between two classes is split among them, and no line of background lies in between.
+    """
+
+    def __init__(self, label_names: tuple[str, ...]) -> None:
+        super().__init__(label_names)
+        self.num_pictures = len(label_names) - 1
+
+    def encode(self, labels: Tensor) -> Tensor:
+        classes = torch.arange(1, self.n_outputs, device=labels.device)
+        return _grey_pictures(labels[:, None] == classes[:, None, None])
+
+    def logits(self, decoded: Tensor) -> Tensor:
+        share = (_grey_values(decoded) + 1) / 2
+        shares = torch.cat([1 - share.sum(1, keepdim=True), share], 1)  # [B, C, H, W], 0 or 1 if decoded exactly
+        return shares * (_SURE + math.log(self.n_outputs - 1))
+
+
+@register_mask_code("bits")
+class BitsMaskCode(_ExclusiveCode):
+    """The bits of the class id as black-and-white pictures: 3 for 8 classes, 5 for 32.
+
+    Source: Analog Bits (arXiv 2208.04202). Cheaper than ``planes`` from four classes on, and a little less exact:
+    between two classes that differ in several bits, a blurred border passes through others.
+    """
+
+    def __init__(self, label_names: tuple[str, ...]) -> None:
+        super().__init__(label_names)
+        self.num_pictures = (len(label_names) - 1).bit_length()
+
+    def _bits(self, labels: Tensor) -> Tensor:
+        """Bits of class ids as a new last dimension, least first."""
+        return labels[..., None] >> torch.arange(self.num_pictures, device=labels.device) & 1
+
+    def encode(self, labels: Tensor) -> Tensor:
+        return _grey_pictures(self._bits(labels).movedim(-1, 1))
+
+    def logits(self, decoded: Tensor) -> Tensor:
+        signs = self._bits(torch.arange(self.n_outputs, device=decoded.device)).to(decoded.dtype) * 2 - 1  # [C, P]
+        agreement = torch.einsum("cp,bphw->bchw", signs, _grey_values(decoded))
+        return agreement * (_SURE + math.log(self.num_pictures)) / 2

@@ -48,15 +48,32 @@ def predicted_sample(
     raise ValueError(f"prediction_type is {prediction_type!r}; known are sample, epsilon, v_prediction")
 
 
-def latent_loss(prediction: Tensor, target: Tensor) -> Tensor:
+def latent_loss(prediction: Tensor, target: Tensor, *, known: Tensor | None = None) -> Tensor:
     """Mean absolute error of the prediction, scalar.
+
+    Args:
+        prediction, target: ``[B, z, h, w]``.
+        known: bool ``[B, h, w]``, the latent cells that count; None counts all. Without any, the loss is 0.
 
     Raises:
         ValueError: if the shapes differ.
     """
     if prediction.shape != target.shape:
         raise ValueError(f"prediction is {list(prediction.shape)}, target is {list(target.shape)}; they must be equal")
-    return F.l1_loss(prediction, target)
+    if known is None:
+        return F.l1_loss(prediction, target)
+    return ((prediction - target).abs() * _share_of_mean(known)[:, None]).mean()
+
+
+def known_cells(known: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bool ``[B, h, w]``: latent cells all of whose pixels are known, of bool ``[B, H, W]``; ``size`` is (h, w)."""
+    return F.adaptive_max_pool2d((~known).float()[:, None], size)[:, 0] == 0
+
+
+def _share_of_mean(known: Tensor) -> Tensor:
+    """Weights of mean 1 that are 0 where nothing is known: exactly 1 everywhere if all is, so that no bit changes."""
+    weight = known.float()
+    return weight / weight.mean().clamp(min=torch.finfo(weight.dtype).eps)
 
 
 def alignment_loss(student: Tensor, teacher: Tensor, *, divisor: int = 1) -> Tensor:
@@ -80,30 +97,34 @@ def alignment_loss(student: Tensor, teacher: Tensor, *, divisor: int = 1) -> Ten
     return -F.cosine_similarity(student, teacher, dim=-1).mean() / divisor
 
 
-def pixel_loss(logits: Tensor, target: Tensor, *, exclusive: bool = True) -> Tensor:
+def pixel_loss(logits: Tensor, target: Tensor, *, exclusive: bool = True, known: Tensor | None = None) -> Tensor:
     """Soft Dice plus cross-entropy of the decoded mask, scalar.
 
     Args:
         logits: ``[B, C, H, W]``; C = 1 is a binary foreground.
         target: labels ``[B, H, W]`` (integer), or bool ``[B, C, H, W]`` for overlapping labels.
         exclusive: whether the C > 1 channels compete (softmax) or not (sigmoid each).
+        known: bool ``[B, H, W]``, the pixels that count; None counts all. The target elsewhere may be any valid label.
 
     The Dice term is a mean over samples and channels; its smoothing of one pixel makes an empty target worth an
     all-background answer instead of an undefined one.
     """
     channels = logits.shape[1]
     if channels > 1 and exclusive:
-        entropy = F.cross_entropy(logits, target)
+        entropy = F.cross_entropy(logits, target, reduction="none")[:, None]
         probability = logits.softmax(1)
         wanted = F.one_hot(target, channels).movedim(-1, 1).to(logits.dtype)
     else:
         wanted = (target[:, None] if target.ndim == 3 else target).to(logits.dtype)
-        entropy = F.binary_cross_entropy_with_logits(logits, wanted)
+        entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
         probability = logits.sigmoid()
+    if known is not None:
+        entropy = entropy * _share_of_mean(known)[:, None]
+        probability, wanted = probability * known[:, None], wanted * known[:, None]
     overlap = (probability * wanted).sum((2, 3))
     total = probability.sum((2, 3)) + wanted.sum((2, 3))
     dice = (2 * overlap + 1) / (total + 1)
-    return entropy + (1 - dice).mean()
+    return entropy.mean() + (1 - dice).mean()
 
 
 def terminal_positions(uniforms: Tensor, terminal_fraction: float) -> Tensor:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 
 from leafseg import rng
 from leafseg.config import Noise, PreprocessingSettings, TimestepSpacing
+from leafseg.data.large import open_large
 from leafseg.data.transforms import Preprocessor
 from leafseg.errors import CheckpointError, ConfigError, DataError
 from leafseg.mask_code import MaskCode, make_mask_code
@@ -32,6 +36,14 @@ from leafseg.model.image_encoder import ImageEncoder
 from leafseg.model.unet import MaskUNet
 from leafseg.runs import resolve_model
 from leafseg.sampler import ddim_update, inference_timesteps
+from leafseg.tiling import (
+    TileGrid,
+    blend_tiles,
+    blended_on_disk,
+    check_free_space,
+    image_position,
+    working_bytes,
+)
 
 FORMAT_VERSION = 1
 
@@ -172,8 +184,12 @@ class LeafPipeline(DiffusionPipeline):
         noise: Noise = "gaussian",
         num_samples: int = 1,
         return_samples: bool = False,
+        tile_batch_size: int = 4,
     ) -> LeafOutput:
         """Segment images.
+
+        A model whose preprocessing has fit ``tile`` sees overlapping tiles of each image at its own resolution. Their
+        probabilities are blended in one float32 map a class; starting noise is one canvas over the whole image.
 
         Args:
             image: a PIL image; an array ``[H, W]`` or ``[H, W, 3]`` in its own integer or float type; a list of such of
@@ -182,10 +198,12 @@ class LeafPipeline(DiffusionPipeline):
             timesteps: ``"trailing"`` or ``"released"``; default: what the model recommends.
             generator: one number is drawn from it and mixed into the noise; without one, the noise depends on the image
                 alone, so that the same image always gives the same mask.
-            latents: starting noise ``[B * num_samples, z, h, w]``, in the order image by image; replaces ``noise``.
+            latents: starting noise ``[B * num_samples, *latent_shape(size)]``, in the order image by image; replaces
+                ``noise``.
             noise: ``"gaussian"``, keyed per image (a mask never depends on its batch), or ``"zeros"``.
             num_samples: noise draws an image; their probabilities are averaged.
             return_samples: also return the probability of each draw.
+            tile_batch_size: tiles that the network sees at once; changes speed and memory, not the result.
 
         Returns:
             :class:`LeafOutput` on the grid of the given images.
@@ -194,26 +212,15 @@ class LeafPipeline(DiffusionPipeline):
             DataError: if an image has a shape or range that cannot be read, or a list mixes sizes.
             ValueError: for an argument out of range.
         """
-        steps = self.config["num_inference_steps"] if num_inference_steps is None else num_inference_steps
-        limit = int(self.scheduler.config["num_train_timesteps"])
-        if not 1 <= steps <= limit:
-            raise ValueError(f"num_inference_steps is {steps}; it must be 1..{limit}")
-        spacing = cast(TimestepSpacing, timesteps or self.config["timesteps"])
-        if spacing not in ("trailing", "released"):
-            raise ValueError(f"timesteps is {spacing!r}; known are trailing, released")
-        if num_samples < 1:
-            raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
-        if noise not in ("gaussian", "zeros"):
-            raise ValueError(f"noise is {noise!r}; known are gaussian, zeros")
+        visited = self._visited_timesteps(num_inference_steps, timesteps)
+        _check_draws(noise, num_samples, tile_batch_size)
 
         # 1. Pixels to the network's grid.
         images, placement = self._prepare_images(image)  # [B, 3, h, w] in 0..1, float32
         batch = images.shape[0]
 
         # 2. Starting noise, float32, keyed per image.
-        z = int(self.unet.config["out_channels"])
-        down = 2 ** (len(self.vae.config["block_out_channels"]) - 1)
-        shape = (z, images.shape[2] // down, images.shape[3] // down)
+        shape = self.latent_shape(placement.source_size)
         if latents is None:
             latent = self._draw_noise(images, shape, noise, num_samples, generator)
         elif latents.shape != (batch * num_samples, *shape):
@@ -221,15 +228,153 @@ class LeafPipeline(DiffusionPipeline):
         else:
             latent = latents.float()
 
-        # 3. Image latent, once an image.
+        # 3. The network, on the images or on their tiles.
+        if self.preprocessor.settings.fit == "tile":
+            blend = partial(
+                blend_tiles,
+                images,
+                predict=partial(self._predict, visited=visited),
+                grid=self._tile_grid(placement.source_size),
+                batch_size=tile_batch_size,
+            )
+            canvases = latent.reshape(batch, num_samples, *shape)
+            draws = (blend(canvases[:, k]).clamp(0, 1) for k in range(num_samples))
+            probability, spread, samples = _mean_and_spread(draws, keep=return_samples)
+            return self._output(probability, spread if num_samples > 1 else None, samples)
+        maps = self._predict(images, latent, visited=visited)  # [B*S, C, h, w]
+
+        # 4. Back to the images' grid.
+        restored = self.preprocessor.restore(maps.flatten(0, 1), placement)  # [B*S*C, H, W]
+        restored = restored.reshape(batch, num_samples, -1, *restored.shape[-2:]).clamp(0, 1)
+        return self._output(
+            restored.mean(1),
+            restored.std(1, correction=0) if num_samples > 1 else None,
+            restored if return_samples else None,
+        )
+
+    @contextmanager
+    def segment_large(
+        self,
+        path: Path,
+        *,
+        folder: Path,
+        frame: int | None = None,
+        num_inference_steps: int | None = None,
+        timesteps: TimestepSpacing | None = None,
+        generator: torch.Generator | None = None,
+        noise: Noise = "gaussian",
+        num_samples: int = 1,
+        tile_batch_size: int = 4,
+    ) -> Iterator[tuple[tuple[int, int], Callable[[slice, slice], Tensor]]]:
+        """Segment a TIFF that need not fit into memory, nor its result; for models with fit ``tile``.
+
+        Gives what ``__call__`` gives, except that the percentiles or mean and deviation of ``intensity`` are those of
+        about four million pixels on a regular grid.
+
+        Args:
+            path: a TIFF or OME-TIFF, see :func:`leafseg.data.large.open_large`.
+            folder: where working files are kept until the context ends, about ``10 * (C + 1)`` bytes a pixel.
+            frame: page of the file.
+            num_inference_steps, timesteps, generator, noise, num_samples, tile_batch_size: as in ``__call__``.
+
+        Yields:
+            (height, width), and a reader: (rows, columns) as slices to probabilities ``[C, h, w]`` in 0..1.
+
+        Raises:
+            DataError: if the image cannot be read, or the disk is too small.
+            ValueError: for an argument out of range, or a model with another fit.
+        """
+        if self.preprocessor.settings.fit != "tile":
+            raise ValueError(f"the model's fit is {self.preprocessor.settings.fit}; only fit tile reads piece by piece")
+        visited = self._visited_timesteps(num_inference_steps, timesteps)
+        _check_draws(noise, num_samples, tile_batch_size)
+        channels = self.mask_code.n_outputs
+        with open_large(path, frame) as image, torch.no_grad():
+            grid = self._tile_grid(image.size)
+            z, *cells = self.latent_shape(image.size)
+            needed = working_bytes(grid, channels=channels, noise_channels=z * num_samples)
+            check_free_space(folder, needed, path=path)
+            sample = image.sample()
+            with _named(path):
+                to_unit = self.preprocessor.parts_to_unit(sample)
+
+            def rows(top: int, bottom: int) -> Tensor:
+                pixels = image.region(top, 0, bottom - top, image.size[1])
+                with _named(path):
+                    return to_unit(pixels)
+
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-noise-") as working:
+                # Mapped from a file: for a very large image it is gigabytes.
+                canvas = np.memmap(f"{working}/noise", np.float32, "w+", shape=(num_samples, z, *cells))
+                if noise == "gaussian":
+                    height, band = image.size[0], grid.tile[0]
+                    position = image_position(rows(top, min(top + band, height)) for top in range(0, height, band))
+                    seed = _noise_seed(generator)
+                    for k in range(num_samples):
+                        draws = rng.generator(seed, f"inference-noise-{k}", position)
+                        draws.standard_normal(dtype=np.float32, out=canvas[k])
+
+                def predict(tiles: Tensor, crops: Tensor) -> Tensor:
+                    """Mean over the draws: crops are ``[b, S, z, h, w]``."""
+                    draws = [self._predict(tiles, crops[:, k], visited=visited) for k in range(num_samples)]
+                    return torch.stack(draws).mean(0)
+
+                with blended_on_disk(
+                    rows,
+                    torch.from_numpy(canvas),
+                    predict,
+                    grid,
+                    channels=channels,
+                    batch_size=tile_batch_size,
+                    folder=folder,
+                ) as read:
+                    yield image.size, lambda y, x: read(y, x).clamp(0, 1)
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """Shape ``(z, h, w)`` of the starting noise of an image of this (height, width)."""
+        z = int(self.unet.config["out_channels"])
+        if self.preprocessor.settings.fit == "tile":
+            return (z, *self._tile_grid(size).cells)
+        height, width = self.preprocessor.settings.size
+        return z, height // self._latent_stride, width // self._latent_stride
+
+    @property
+    def _latent_stride(self) -> int:
+        return int(2 ** (len(self.vae.config["block_out_channels"]) - 1))
+
+    def _tile_grid(self, size: tuple[int, int]) -> TileGrid:
+        settings = self.preprocessor.settings
+        return TileGrid.plan(size, settings.size, overlap=settings.tile_overlap, stride=self._latent_stride)
+
+    def _visited_timesteps(self, steps: int | None, timesteps: TimestepSpacing | None) -> list[int]:
+        steps = self.config["num_inference_steps"] if steps is None else steps
+        limit = int(self.scheduler.config["num_train_timesteps"])
+        if not 1 <= steps <= limit:
+            raise ValueError(f"num_inference_steps is {steps}; it must be 1..{limit}")
+        spacing = cast(TimestepSpacing, timesteps or self.config["timesteps"])
+        if spacing not in ("trailing", "released"):
+            raise ValueError(f"timesteps is {spacing!r}; known are trailing, released")
+        return inference_timesteps(limit, steps, spacing)
+
+    def _predict(self, images: Tensor, latent: Tensor, *, visited: Sequence[int]) -> Tensor:
+        """What the network says, on its own grid.
+
+        Args:
+            images: ``[B, 3, h, w]`` in 0..1, on the network's grid.
+            latent: starting noise ``[B*S, z, h/8, w/8]``, in the order image by image.
+            visited: timesteps, descending.
+
+        Returns:
+            Probabilities ``[B*S, C, h, w]``, float32 on the CPU.
+        """
+        # Image latent, once an image.
         device, dtype = self._execution_device, self.unet.dtype
         code = self.image_encoder((images * 2 - 1).to(device, dtype))
-        image_latent = scale_latent(code, self.vae.config).repeat_interleave(num_samples, 0)
+        image_latent = scale_latent(code, self.vae.config).repeat_interleave(len(latent) // len(images), 0)
         latent = latent.to(device)
 
-        # 4. Reverse steps; one step at t=999 gives the mask latent itself.
+        # Reverse steps; one step at t=999 gives the mask latent itself.
         schedule = self.scheduler.config
-        visited = inference_timesteps(limit, steps, spacing)
         final = float(self.scheduler.final_alpha_cumprod)
         alpha_bars = [float(self.scheduler.alphas_cumprod[timestep]) for timestep in visited]
         for timestep, alpha_bar, next_alpha_bar in zip(visited, alpha_bars, [*alpha_bars[1:], final], strict=True):
@@ -243,19 +388,17 @@ class LeafPipeline(DiffusionPipeline):
                 clip_range=float(schedule["clip_sample_range"]) if schedule["clip_sample"] else None,
             )
 
-        # 5. Pictures, probabilities, and back to the images' grid.
+        # Pictures and probabilities.
         decoded = decode_pictures(self.vae, latent.to(self.vae.dtype)).float()  # [B*S, P*3, h, w]
-        samples = self.mask_code.probability(decoded).reshape(batch, num_samples, -1, *decoded.shape[2:])
-        maps = samples.flatten(0, 1).cpu()
-        restored = self.preprocessor.restore(maps.flatten(0, 1), placement)  # [B*S*C, H, W]
-        restored = restored.reshape(batch, num_samples, -1, *restored.shape[-2:]).clamp(0, 1)
-        probability = restored.mean(1)
+        return self.mask_code.probability(decoded).cpu()
+
+    def _output(self, probability: Tensor, spread: Tensor | None, samples: Tensor | None) -> LeafOutput:
         return LeafOutput(
             probability=probability,
             labels=self.mask_code.labels(probability),
             mask=self.mask_code.mask(probability),
-            spread=restored.std(1, correction=0) if num_samples > 1 else None,
-            samples=restored if return_samples else None,
+            spread=spread,
+            samples=samples,
         )
 
     def _prepare_images(self, image: Any) -> tuple[Tensor, Any]:
@@ -291,16 +434,59 @@ class LeafPipeline(DiffusionPipeline):
         total = images.shape[0] * num_samples
         if noise == "zeros":
             return torch.zeros(total, *shape)
-        seed = 0
-        if generator is not None:
-            seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+        seed = _noise_seed(generator)
         draws = []
         for one in images:
-            # 8-bit steps, so that the last bit of a resampling kernel cannot change the noise.
-            content = (one * 255).round().to(torch.uint8).contiguous().numpy().tobytes()
-            position = rng.content_position(hashlib.sha256(content).hexdigest())
+            if self.preprocessor.settings.fit == "tile":
+                position = image_position([one])
+            else:
+                # 8-bit steps, so that the last bit of a resampling kernel cannot change the noise.
+                content = (one * 255).round().to(torch.uint8).contiguous().numpy().tobytes()
+                position = rng.content_position(hashlib.sha256(content).hexdigest())
             draws += [rng.normal(seed, f"inference-noise-{k}", position, shape) for k in range(num_samples)]
         return torch.from_numpy(np.stack(draws))
+
+
+def _check_draws(noise: str, num_samples: int, tile_batch_size: int) -> None:
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}; it must be at least 1")
+    if noise not in ("gaussian", "zeros"):
+        raise ValueError(f"noise is {noise!r}; known are gaussian, zeros")
+    if tile_batch_size < 1:
+        raise ValueError(f"tile_batch_size is {tile_batch_size}; it must be at least 1")
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Put the file's name before a DataError about its pixels."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _noise_seed(generator: torch.Generator | None) -> int:
+    if generator is None:
+        return 0
+    return int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+
+
+def _mean_and_spread(draws: Iterable[Tensor], *, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Mean and standard deviation ``[B, C, H, W]`` over draws of that shape, one in memory at a time (Welford).
+
+    With ``keep``, also all of them, ``[B, S, C, H, W]``.
+    """
+    mean = squares = torch.zeros(())
+    kept = []
+    count = 0
+    for draw in draws:
+        count += 1
+        difference = draw - mean
+        mean = mean + difference / count
+        squares = squares + difference * (draw - mean)
+        if keep:
+            kept.append(draw)
+    return mean, (squares / count).clamp(min=0).sqrt(), torch.stack(kept, 1) if keep else None
 
 
 def _pixels(item: Any) -> np.ndarray[Any, Any]:

@@ -6,32 +6,46 @@ exported runtimes elsewhere. Evaluation and prediction take any of them.
 
 from __future__ import annotations
 
+import math
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeGuard
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from leafseg.config import Noise, TimestepSpacing
+from leafseg.config import Noise, PreprocessingSettings, TimestepSpacing
+from leafseg.data.dicom import holds_image, holds_slices, is_dicom
 from leafseg.data.images import (
     IMAGE_SUFFIXES,
+    MAX_PIXELS,
     VOLUME_SUFFIXES,
+    OrientedVolume,
+    Reading,
     count_frames,
     image_stem,
     image_suffix,
-    read_image,
-    read_volume,
+    is_volume,
+    pixel_spacing,
+    read_oriented,
     write_png,
     write_volume,
 )
-from leafseg.errors import CheckpointError, DataError, LeafsegError
+from leafseg.data.large import LARGE_PIXELS, tiff_pages, tiff_size, wants_pieces
+from leafseg.errors import CheckpointError, DataError, MissingExtraError
 from leafseg.files import write_json_atomic
+from leafseg.outputs.contours import CocoFile, write_geojson
+from leafseg.outputs.dicom_seg import SegmentCodes, require_dicom_packages, write_dicom_seg
+from leafseg.outputs.label_maps import write_pages, write_probability_png, write_tiled_tiff
+from leafseg.outputs.result import Labelled, file_labels
 from leafseg.pipeline import LeafPipeline
 from leafseg.progress import progress_bar
 
@@ -43,25 +57,60 @@ class Segmentation:
     """One image's result on its own grid.
 
     Attributes:
-        probability: float32 ``[C, H, W]`` in 0..1.
-        labels: uint8 ``[H, W]``, class ids.
+        probability: float32 ``[C, H, W]`` in 0..1; C = 1 (foreground) for binary models.
+        labels: uint8 ``[H, W]``, class ids; None for overlapping labels.
         spread: float32 ``[C, H, W]`` over noise draws, or None.
+        mask: bool ``[C, H, W]``, where each channel of ``probability`` is present. If it is not given, it follows from
+            the labels; for overlapping labels, from a probability above 0.5.
     """
 
     probability: NDArray[np.float32]
-    labels: NDArray[np.uint8]
+    labels: NDArray[np.uint8] | None
     spread: NDArray[np.float32] | None = None
+    mask: NDArray[np.bool_] = field(default=None)  # type: ignore[arg-type]  # never None once made
+
+    def __post_init__(self) -> None:
+        given: Any = self.mask
+        if given is None:
+            channels = len(self.probability)
+            if self.labels is None:
+                mask = self.probability > 0.5
+            elif channels == 1:
+                mask = self.labels[None] == 1
+            else:
+                mask = self.labels[None] == np.arange(channels, dtype=np.uint8)[:, None, None]
+            object.__setattr__(self, "mask", mask)
 
 
 class Segmenter(Protocol):
-    """Anything that segments."""
+    """Anything that segments.
+
+    Reading belongs to it, because the intensities, the orientation and the slices of a volume are part of what a model
+    was trained with.
+    """
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """Names of the classes, background first."""
+        """Names of the classes, background first; of overlapping labels, one a channel and no background."""
 
-    def segment(self, images: Sequence[NDArray[Any]]) -> list[Segmentation]:
-        """Results of images ``[H, W]`` or ``[H, W, 3]`` of any sizes and types, in their order."""
+    @property
+    def overlapping(self) -> bool:
+        """Whether a pixel may have several labels."""
+
+    @property
+    def preprocessing(self) -> PreprocessingSettings:
+        """How images become the network's input; its reading settings say how volumes are cut into frames."""
+
+    def read(self, path: Path, frame: int | None = None) -> NDArray[Any] | Tensor:
+        """An image file, or a frame of it, as ``segment`` takes it."""
+
+    def segment(self, images: Sequence[NDArray[Any] | Tensor]) -> list[Segmentation]:
+        """Results in the order of the images.
+
+        Args:
+            images: arrays ``[H, W]`` or ``[H, W, 3]`` of any type, or float tensors ``[3, H, W]`` in 0..1 as ``read``
+                gives them; of any sizes.
+        """
 
 
 class PipelineSegmenter:
@@ -90,23 +139,65 @@ class PipelineSegmenter:
     def label_names(self) -> tuple[str, ...]:
         return self.pipeline.label_names
 
-    def segment(self, images: Sequence[NDArray[Any]]) -> list[Segmentation]:
+    @property
+    def overlapping(self) -> bool:
+        return not self.pipeline.mask_code.exclusive
+
+    @property
+    def preprocessing(self) -> PreprocessingSettings:
+        return self.pipeline.preprocessor.settings
+
+    def read(self, path: Path, frame: int | None = None) -> Tensor:
+        """The image as float32 ``[3, H, W]`` in 0..1, see :meth:`leafseg.data.transforms.Preprocessor.read`."""
+        return self.pipeline.preprocessor.read(path, frame)
+
+    def segment(self, images: Sequence[NDArray[Any] | Tensor]) -> list[Segmentation]:
         results: list[Segmentation | None] = [None] * len(images)
-        by_size: dict[tuple[int, ...], list[int]] = {}
+        alike: dict[tuple[Any, ...], list[int]] = {}
         for index, image in enumerate(images):
-            by_size.setdefault(image.shape[:2], []).append(index)
-        for indices in by_size.values():
+            size = image.shape[-2:] if isinstance(image, Tensor) else image.shape[:2]
+            alike.setdefault((isinstance(image, Tensor), *size), []).append(index)
+        tiled = self.preprocessing.fit == "tile"  # its batches are of tiles, and its images may be large: one by one
+        batches = [[i] for i in range(len(images))] if tiled else list(alike.values())
+        for indices in batches:
+            tensors = isinstance(images[indices[0]], Tensor)
+            batch: Any = [images[index] for index in indices]
             with self._autocast():
-                output = self.pipeline([images[i] for i in indices], **self._arguments)
-            if output.labels is None:
-                raise LeafsegError("the model's labels overlap; label maps can only be written for exclusive classes")
+                output = self.pipeline(torch.stack(batch) if tensors else batch, **self._arguments)
             for row, index in enumerate(indices):
                 results[index] = Segmentation(
                     probability=output.probability[row].numpy(),
-                    labels=output.labels[row].to(torch.uint8).numpy(),
+                    labels=output.labels[row].to(torch.uint8).numpy() if output.labels is not None else None,
                     spread=output.spread[row].numpy() if output.spread is not None else None,
+                    mask=output.mask[row].numpy(),
                 )
         return [result for result in results if result is not None]
+
+    @contextmanager
+    def segment_large(
+        self, path: Path, frame: int | None = None, *, folder: Path
+    ) -> Iterator[tuple[tuple[int, int], Callable[[slice, slice], Segmentation]]]:
+        """A TIFF beyond memory, see :meth:`leafseg.pipeline.LeafPipeline.segment_large`.
+
+        Yields:
+            (height, width), and a reader: (rows, columns) as slices to that part of the result.
+        """
+        code = self.pipeline.mask_code
+        with (
+            self._autocast(),
+            self.pipeline.segment_large(path, frame=frame, folder=folder, **self._arguments) as (size, read),
+        ):
+
+            def part(y: slice, x: slice) -> Segmentation:
+                probability = read(y, x)[None]
+                labels = code.labels(probability)
+                return Segmentation(
+                    probability=probability[0].numpy(),
+                    labels=None if labels is None else labels[0].to(torch.uint8).numpy(),
+                    mask=code.mask(probability)[0].numpy(),
+                )
+
+            yield size, part
 
 
 def load_segmenter(
@@ -159,13 +250,21 @@ def load_segmenter(
     )
 
 
+OutputFormat = Literal["auto", "png", "tiff", "nifti", "nrrd", "mha", "dicom-seg"]
+ContourFormat = Literal["geojson", "coco"]
+
+# The suffixes of a format; the first is the usual one, the others are kept where the source has them.
+_VOLUME_FORMATS = {"nifti": (".nii.gz", ".nii"), "nrrd": (".nrrd",), "mha": (".mha",)}
+
+
 @dataclass(frozen=True)
 class PredictionReport:
-    """What was written, and what failed with its reason."""
+    """What was written, what failed with its reason, and figures of each input that was written."""
 
     written: dict[str, list[str]]
     failed: dict[str, str]
     seconds: float
+    figures: dict[str, dict[str, Any]]
 
 
 def predict_files(
@@ -173,53 +272,94 @@ def predict_files(
     inputs: Iterable[Path],
     out: Path,
     *,
+    output_format: OutputFormat = "auto",
     probability: bool = False,
     overlay: bool = False,
+    contours: ContourFormat | None = None,
+    segment_codes: Mapping[str, SegmentCodes] | None = None,
     model_name: str = "",
 ) -> PredictionReport:
-    """Segment files and folders into ``out``; one bad file does not stop the others.
+    """Segment files and folders into ``out``; one bad input does not stop the others.
 
-    A flat image gives ``STEM.png`` on the same grid (binary: 0 and 255; more classes: class ids), each page of a
-    multi-page TIFF ``STEM_0000.png``; a volume gives ``STEM`` with its own suffix and geometry, holding class ids.
+    Everything lies on the grid of its source. By default a flat image gives ``STEM.png`` (one label: 0 and 255; more:
+    class ids), each page of a multi-page TIFF ``STEM_0000.png``, a volume ``STEM`` with its own suffix and geometry,
+    and DICOM a DICOM segmentation ``STEM.dcm`` (a clip in time: a label TIFF). Overlapping labels give ``STEM_LABEL``
+    each, except in DICOM.
 
     Args:
         segmenter: the model.
-        inputs: files, or folders whose images are taken (``images/`` below a data folder).
-        out: where masks and ``report.json`` go.
-        probability: also write the foreground's probability as 16-bit PNG (65535 is 1), for flat images.
-        overlay: also write the image with the mask's outline, for flat images.
+        inputs: files; folders of DICOM slices; or folders, whose images (``images/`` below a data folder) and DICOM
+            series, in folders beneath too, are taken.
+        out: where the results and ``report.json`` go.
+        output_format: of the labels. ``nifti``, ``nrrd`` and ``mha`` take volumes and DICOM series, ``dicom-seg`` takes
+            DICOM; ``tiff`` holds the frames of one input as pages.
+        probability: also write the probability of each label: 16-bit PNG (65535 is 1), float32 TIFF or volumes, or a
+            fractional DICOM segmentation.
+        overlay: also write the image with the labels' outlines: PNG; of volumes a TIFF with a page a slice.
+        contours: also write polygons: a GeoJSON file an input, or one ``annotations.json`` (COCO) for all.
+        segment_codes: coded names of labels for DICOM, see :mod:`leafseg.outputs.dicom_seg`.
         model_name: for the report.
 
     Raises:
         DataError: if nothing is found, two inputs would write one file, or ``out`` cannot be written.
+        MissingExtraError: if ``dicom-seg`` is asked for and highdicom is not installed.
     """
-    files = list(dict.fromkeys(_listed(inputs)))
-    stems = _output_stems(files, out)
-    written: dict[str, list[str]] = {}
-    failed: dict[str, str] = {}
+    if output_format == "dicom-seg":
+        require_dicom_packages()
+    stems = _output_stems(_listed(inputs), out)
+    out_is_usable(out)
+    reading = Reading.of(segmenter.preprocessing)
+    coco = CocoFile(foreground_names(segmenter)) if contours == "coco" else None
+    report = PredictionReport({}, {}, 0.0, {})
     owners: dict[Path, Path] = {}  # which input each output belongs to
     started = time.monotonic()
-    out_is_usable(out)
-    with progress_bar("prediction", total=len(files)) as bar:
-        for path in files:
+    counts = {path: _frame_count(path, reading) for path in stems}
+    namesakes = Counter(path.name for path in stems)  # series are often called alike, in folders of their patients
+    with progress_bar("prediction", total=sum(counts.values())) as bar:
+        for path, stem in stems.items():
+            begun, left = time.monotonic(), counts[path]
             try:
-                names = []
-                for target, write in _outputs(
-                    segmenter, path, out, stems[path], probability=probability, overlay=overlay
-                ):
-                    owner = owners.setdefault(target, path)
-                    if owner != path:
+                if _is_read_in_pieces(segmenter, path):
+                    if output_format not in ("auto", "tiff") or overlay or contours is not None:
                         raise DataError(
-                            f"{path}: its result {target.name} would replace that of {owner}; predict them into "
-                            "different folders"
+                            f"{path}: of an image of more than {LARGE_PIXELS:,} pixels, label maps and probabilities "
+                            "are written, as TIFF; leave out --overlay and --contours, and choose --format tiff"
                         )
-                    write()
-                    names.append(target.name)
-                written[str(path)] = names
-            except DataError as error:
-                failed[str(path)] = str(error)
-            bar.advance()
-    report = PredictionReport(written, failed, round(time.monotonic() - started, 3))
+                    large: dict[str, Any] = {}
+                    writers = _large_writers(segmenter, path, stem, out, large, probability=probability)
+                    report.written[str(path)] = _write_all(writers, path, out, owners)
+                    report.figures[str(path)] = {"seconds": round(time.monotonic() - begun, 3), **large}
+                    bar.advance(path.name, count=left)
+                    continue
+                source = _open_source(path, stem, output_format, reading)
+                results = []
+                for result in _frame_results(
+                    segmenter, source, keep_probability=probability or contours is not None, overlay=overlay
+                ):
+                    results.append(result)
+                    bar.advance(path.name)
+                    left -= 1
+                labelled = _labelled(segmenter, source, results)
+                pictures = [result.overlay for result in results if result.overlay is not None]
+                writers = _writers(
+                    source,
+                    labelled,
+                    pictures,
+                    probability=probability,
+                    geojson_too=contours == "geojson",
+                    codes=segment_codes or {},
+                )
+                names = _write_all(writers, path, out, owners)
+                if coco is not None:
+                    coco.add(path.name if namesakes[path.name] == 1 else path.as_posix(), labelled)
+                report.written[str(path)] = names
+                report.figures[str(path)] = _figures(source, labelled, round(time.monotonic() - begun, 3))
+            except (DataError, MissingExtraError) as error:
+                report.failed[str(path)] = str(error)
+            bar.advance(path.name, count=left)
+    if coco is not None:
+        coco.write(out / "annotations.json")
+    report = replace(report, seconds=round(time.monotonic() - started, 3))
     write_json_atomic(
         out / "report.json",
         {
@@ -227,11 +367,17 @@ def predict_files(
             "label_names": list(segmenter.label_names),
             "written": report.written,
             "failed": report.failed,
+            "figures": report.figures,
             "seconds": report.seconds,
             "notice": "Research software, not a medical device.",
         },
     )
     return report
+
+
+def foreground_names(segmenter: Segmenter) -> tuple[str, ...]:
+    """The labels that can be present in a result: all but the background."""
+    return segmenter.label_names if segmenter.overlapping else segmenter.label_names[1:]
 
 
 def out_is_usable(out: Path) -> None:
@@ -251,94 +397,362 @@ def out_is_usable(out: Path) -> None:
         ) from error
 
 
-def _listed(inputs: Iterable[Path]) -> Iterator[Path]:
+def _listed(inputs: Iterable[Path]) -> dict[Path, str]:
+    """Every file and DICOM series folder once, with the name that its results shall have."""
+    found: dict[Path, str] = {}
     for given in inputs:
-        if given.is_dir():
-            folder = given / "images" if (given / "images").is_dir() else given
-            found = sorted(
-                p
-                for p in folder.iterdir()
-                if p.is_file() and image_suffix(p) is not None and not p.name.startswith(".")
-            )
-            if not found:
-                kinds = ", ".join(s.removeprefix(".") for s in (*IMAGE_SUFFIXES, *VOLUME_SUFFIXES))
-                raise DataError(f"{folder}: no images in this folder; readable are {kinds}")
-            yield from found
-        elif given.exists():
-            yield given
-        else:
+        if not given.exists():
             raise DataError(f"{given}: no such file or folder; check the path")
+        if not given.is_dir():
+            found[given] = image_stem(given)
+            continue
+        folder = given / "images" if (given / "images").is_dir() else given
+        inside = dict(_inside(folder))
+        if not inside:
+            kinds = ", ".join(s.removeprefix(".") for s in (*IMAGE_SUFFIXES, *VOLUME_SUFFIXES))
+            raise DataError(f"{folder}: no images in this folder; readable are {kinds} and DICOM")
+        found.update(inside)
+    return found
 
 
-def _output_stems(files: Sequence[Path], out: Path) -> dict[Path, str]:
+def _inside(folder: Path) -> Iterator[tuple[Path, str]]:
+    """A folder's own images, and the DICOM files and series in it and beneath, which are often stored deep."""
+    for name, folders, files in os.walk(folder):
+        parent = Path(name)
+        folders[:] = sorted(sub for sub in folders if not sub.startswith("."))
+        above = parent.relative_to(folder).parts
+        if holds_slices(parent):
+            yield parent, "_".join(above) or parent.resolve().name
+            continue
+        for file in sorted(file for file in files if not file.startswith(".")):
+            path = parent / file
+            dicom = is_dicom(path)
+            if (holds_image(path) if dicom else not above) and image_suffix(path) is not None:
+                yield path, "_".join((*above, image_stem(path)))
+
+
+def _output_stems(found: Mapping[Path, str], out: Path) -> dict[Path, str]:
     """Name of each output without suffix; files of one stem keep their suffix in it."""
-    counts: dict[str, int] = {}
-    for path in set(files):
-        counts[image_stem(path)] = counts.get(image_stem(path), 0) + 1
-    stems = {path: image_stem(path) if counts[image_stem(path)] == 1 else path.name for path in files}
-    if len(set(stems.values())) < len(stems):
-        double = next(s for s in stems.values() if list(stems.values()).count(s) > 1)
-        raise DataError(f"{out}: two inputs are named {double!r}; predict them into different folders")
-    for path in files:
-        if path.resolve().parent == out.resolve():
+    counts = Counter(found.values())
+    stems = {path: stem if counts[stem] == 1 else path.name for path, stem in found.items()}
+    double = [stem for stem, count in Counter(stems.values()).items() if count > 1]
+    if double:
+        raise DataError(f"{out}: two inputs are named {double[0]!r}; predict them into different folders")
+    for path in stems:
+        if out.resolve() in (path.resolve(), path.resolve().parent):
             raise DataError(f"{path}: lies in the output folder, where its mask could replace it; choose another --out")
     return stems
 
 
-def _outputs(
-    segmenter: Segmenter, path: Path, out: Path, stem: str, *, probability: bool, overlay: bool
-) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """The files that one input gives, each with what writes it."""
-    suffix = image_suffix(path)
-    if suffix in VOLUME_SUFFIXES:
-        volume, geometry = read_volume(path)
-        labels = np.stack([_segment_one(segmenter, path, plane).labels for plane in volume])
-        target = out / (stem if stem.endswith(suffix) else stem + suffix)
-        yield target, partial(write_volume, target, labels, geometry)
-        return
-    frames = count_frames(path)
-    for frame in range(frames) if frames is not None else (None,):
-        name = stem if frame is None else f"{stem}_{frame:04d}"
-        pixels = read_image(path, frame)
-        result = _segment_one(segmenter, path, pixels)
-        pictures = {f"{name}.png": result.labels * 255 if len(segmenter.label_names) == 2 else result.labels}
-        if probability:
-            # One channel is the foreground; of several classes, it is everything but the background.
-            foreground = result.probability[0] if len(result.probability) == 1 else 1 - result.probability[0]
-            pictures[f"{name}_probability.png"] = (foreground.clip(0, 1) * 65535).round().astype(np.uint16)
-        if overlay:
-            pictures[f"{name}_overlay.png"] = draw_overlay(display_pixels(pixels), result.labels)
-        for file_name, picture in pictures.items():
-            yield out / file_name, partial(write_png, out / file_name, picture)
-
-
-def _segment_one(segmenter: Segmenter, path: Path, pixels: NDArray[Any]) -> Segmentation:
+def _frame_count(path: Path, reading: Reading) -> int:
     try:
-        return segmenter.segment([pixels])[0]
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
+        return count_frames(path, reading=reading) or 1
+    except (DataError, MissingExtraError):
+        return 1  # segmenting it will say why
 
 
-def display_pixels(pixels: NDArray[Any]) -> NDArray[np.uint8]:
-    """An image of any type as 8-bit RGB ``[H, W, 3]`` for looking at; other than 8-bit ones are stretched."""
+@dataclass(frozen=True)
+class _Source:
+    """An input, opened: the format of its results, and its volume if it is one."""
+
+    path: Path
+    stem: str
+    output_format: str
+    volume: OrientedVolume | None
+    pages: int | None
+
+    @property
+    def frames(self) -> Sequence[int | None]:
+        count = self.volume.slices if self.volume is not None else self.pages
+        return range(count) if count is not None else (None,)
+
+
+def _open_source(path: Path, stem: str, output_format: OutputFormat, reading: Reading) -> _Source:
+    dicom = path.is_dir() or is_dicom(path)
+    volume = read_oriented(path, reading) if is_volume(path) else None
+    chosen: str = output_format
+    clip = volume is not None and not volume.in_space
+    if chosen == "auto" and dicom:
+        chosen = "tiff" if clip else "dicom-seg"
+    elif chosen == "auto":
+        suffix = image_suffix(path)
+        chosen = next((name for name, suffixes in _VOLUME_FORMATS.items() if suffix in suffixes), "png")
+    if chosen == "dicom-seg" and not dicom:
+        raise DataError(
+            f"{path}: is not DICOM, and a DICOM segmentation must name the DICOM images that it belongs to; choose "
+            "another --format"
+        )
+    if chosen in _VOLUME_FORMATS and volume is None:
+        raise DataError(f"{path}: is a flat image, and --format {chosen} takes volumes; choose png or tiff")
+    if clip and chosen not in ("png", "tiff"):
+        raise DataError(f"{path}: its frames follow each other in time, not in space; choose --format tiff or png")
+    return _Source(path, stem, chosen, volume, None if volume is not None else count_frames(path, reading=reading))
+
+
+@dataclass(frozen=True)
+class _FrameResult:
+    """What is kept of one frame: label planes and probabilities as in ``Labelled``, and the drawn picture."""
+
+    planes: NDArray[np.uint8]
+    probability: NDArray[np.float32] | None
+    overlay: NDArray[np.uint8] | None
+
+
+def _frame_results(
+    segmenter: Segmenter, source: _Source, *, keep_probability: bool, overlay: bool
+) -> Iterator[_FrameResult]:
+    for frame in source.frames:
+        pixels = segmenter.read(source.path, frame)
+        try:
+            result = segmenter.segment([pixels])[0]
+        except DataError as error:
+            raise DataError(f"{source.path}: {error}") from error
+        planes, foreground = _planes_and_foreground(result)
+        picture = None
+        if overlay:
+            if source.volume is not None and segmenter.preprocessing.neighbouring_slices:
+                pixels = pixels[1][None].repeat(3, 1, 1) if isinstance(pixels, Tensor) else pixels[..., 1]
+            picture = draw_overlay(display_pixels(pixels), result.mask if result.labels is None else result.labels)
+        # A copy, for a view would keep the background's map alive.
+        yield _FrameResult(planes, foreground.copy() if keep_probability else None, picture)
+
+
+def _planes_and_foreground(result: Segmentation) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Label planes and the probabilities of all but the background, as in ``Labelled``."""
+    if result.labels is None:
+        return result.mask.astype(np.uint8), result.probability
+    return result.labels[None], result.probability[1:] if len(result.probability) > 1 else result.probability
+
+
+class _LargeMaps:
+    """Maps of a page that is segmented piece by piece: (rows, columns) as slices to ``[h, w]``.
+
+    Pixels of each label are counted as its map is read.
+    """
+
+    def __init__(self, segmenter: PipelineSegmenter, part: Callable[[slice, slice], Segmentation]) -> None:
+        self.names, self.part = foreground_names(segmenter), part
+        self.pixels = dict.fromkeys(self.names, 0)
+
+    def labels(self, y: slice, x: slice) -> NDArray[np.uint8]:
+        """Of exclusive labels: their numbers; 0 and 255 if there is one."""
+        labels = self.part(y, x).labels
+        if labels is None:
+            raise RuntimeError("overlapping labels have a map each")
+        for index, name in enumerate(self.names):
+            self.pixels[name] += int(np.count_nonzero(labels == index + 1))
+        return labels * np.uint8(255 if len(self.names) == 1 else 1)
+
+    def label(self, y: slice, x: slice, *, index: int) -> NDArray[np.uint8]:
+        """Of overlapping labels: 0 and 255 where label ``index`` is."""
+        mask = self.part(y, x).mask[index]
+        self.pixels[self.names[index]] += int(np.count_nonzero(mask))
+        return mask.astype(np.uint8) * np.uint8(255)
+
+    def probability(self, y: slice, x: slice, *, index: int) -> NDArray[np.float32]:
+        return _planes_and_foreground(self.part(y, x))[1][index]
+
+
+def _large_writers(
+    segmenter: PipelineSegmenter, path: Path, stem: str, out: Path, figures: dict[str, Any], *, probability: bool
+) -> Iterator[tuple[str, Callable[[Path], None]]]:
+    """As ``_writers``, of a TIFF that is segmented piece by piece; ``figures`` for the report are filled on the way."""
+    names = foreground_names(segmenter)
+    one = len(names) == 1 and not segmenter.overlapping
+    labels = file_labels(names)
+    if (spacing := pixel_spacing(path)) is not None:
+        figures["spacing_mm"] = list(spacing)
+    pages = tiff_pages(path)
+    for frame in range(pages) if pages is not None else (None,):
+        number = "" if frame is None else f"_{frame:04d}"
+        with _disk_errors(out), segmenter.segment_large(path, frame, folder=out) as (size, part):
+            maps = _LargeMaps(segmenter, part)
+            files: dict[str, tuple[Any, type[np.generic]]] = {}
+            if segmenter.overlapping:
+                for index, label in enumerate(labels):
+                    files[f"_{label}"] = (partial(maps.label, index=index), np.uint8)
+            else:
+                files[""] = (maps.labels, np.uint8)
+            for index, label in enumerate(labels if probability else ()):
+                ending = "_probability" if one else f"_probability_{label}"
+                files[ending] = (partial(maps.probability, index=index), np.float32)
+            for ending, (read, dtype) in files.items():
+                yield f"{stem}{number}{ending}.tif", partial(write_tiled_tiff, size=size, dtype=dtype, read=read)
+            figures["shape"] = [*([pages] if pages is not None else []), *size]
+            earlier = figures.get("pixels", {})
+            figures["pixels"] = {name: count + earlier.get(name, 0) for name, count in maps.pixels.items()}
+
+
+@contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    """Turn what the system refuses while working files are written into a DataError."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{out}: working files cannot be written ({error.strerror or error}); free some space or choose another "
+            "--out"
+        ) from error
+
+
+def _is_read_in_pieces(segmenter: Segmenter, path: Path) -> TypeGuard[PipelineSegmenter]:
+    """Whether the input is a TIFF beyond memory, and the model can take it.
+
+    Raises:
+        DataError: if it is one, and the model cannot.
+    """
+    if isinstance(segmenter, PipelineSegmenter) and segmenter.preprocessing.fit == "tile":
+        return wants_pieces(path)
+    height, width = tiff_size(path) or (0, 0)
+    if height * width > MAX_PIXELS:
+        raise DataError(
+            f"{path}: the image is {width}x{height}; more than {MAX_PIXELS:,} pixels are segmented in tiles, which "
+            "needs a single model trained with --set data.preprocessing.fit=tile; or shrink the image"
+        )
+    return False
+
+
+def _write_all(
+    writers: Iterator[tuple[str, Callable[[Path], None]]], path: Path, out: Path, owners: dict[Path, Path]
+) -> list[str]:
+    """Write an input's files, none in the place of another input's; returns their names."""
+    names = []
+    for name, write in writers:
+        target = out / name
+        if target in owners:
+            raise DataError(
+                f"{path}: its result {name} would replace that of {owners[target]}; predict them into different folders"
+            )
+        owners[target] = path
+        write(target)
+        names.append(name)
+    return names
+
+
+def _labelled(segmenter: Segmenter, source: _Source, results: Sequence[_FrameResult]) -> Labelled:
+    planes = [result.planes for result in results]
+    probability = [result.probability for result in results if result.probability is not None]
+    if source.volume is not None:
+        planes = _as_stored(source.volume, planes)
+        probability = _as_stored(source.volume, probability) if probability else []
+    return Labelled(
+        foreground_names(segmenter),
+        segmenter.overlapping,
+        planes,
+        probability or None,
+        numbered=source.frames[0] is not None,
+    )
+
+
+def _as_stored(volume: OrientedVolume, frames: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+    """Maps ``[C, h, w]`` of each slice as the model saw it, to ``[C, Y, X]`` of each slice as the file holds it."""
+    maps = [volume.labels_to_stored(np.stack([frame[index] for frame in frames])) for index in range(len(frames[0]))]
+    return [np.stack(slices) for slices in zip(*maps, strict=True)]
+
+
+def _writers(
+    source: _Source,
+    labelled: Labelled,
+    pictures: Sequence[NDArray[np.uint8]],
+    *,
+    probability: bool,
+    geojson_too: bool,
+    codes: Mapping[str, SegmentCodes],
+) -> Iterator[tuple[str, Callable[[Path], None]]]:
+    """The files that one input gives: each one's name, and what writes it to a path."""
+    frames = [f"_{index:04d}" if labelled.numbered else "" for index in range(len(labelled.planes))]
+    maps: dict[str, list[NDArray[Any]]] = {**labelled.maps()}
+    shown = maps
+    if labelled.overlapping or len(labelled.names) == 1:  # nothing but 0 and 1: viewers shall show it
+        shown = {ending: [plane * np.uint8(255) for plane in planes] for ending, planes in maps.items()}
+    scores: dict[str, list[NDArray[Any]]] = {**labelled.probability_maps()} if probability else {}
+    stem = source.stem
+    if source.output_format == "png":
+        for ending, planes in shown.items():
+            for number, plane in zip(frames, planes, strict=True):
+                yield f"{stem}{number}{ending}.png", partial(write_png, array=plane)
+        for ending, planes in scores.items():
+            for number, plane in zip(frames, planes, strict=True):
+                yield f"{stem}{number}{ending}.png", partial(write_probability_png, probability=plane)
+    elif source.output_format == "tiff":
+        for ending, planes in {**shown, **scores}.items():
+            yield f"{stem}{ending}.tif", partial(write_pages, pages=planes)
+    elif source.output_format == "dicom-seg":
+        write = partial(write_dicom_seg, source=source.path, labelled=labelled, codes=codes)
+        yield f"{stem}.dcm", write
+        if probability:
+            yield f"{stem}_probability.dcm", partial(write, probability=True)
+    elif source.volume is not None:
+        own = image_suffix(source.path)
+        suffixes = _VOLUME_FORMATS[source.output_format]
+        suffix = own if own in suffixes else suffixes[0]
+        for ending, planes in {**maps, **scores}.items():
+            write = partial(write_volume, array=np.stack(planes), geometry=source.volume.geometry)
+            yield f"{stem.removesuffix(suffix)}{ending}{suffix}", write
+    if pictures and (source.volume is not None or source.output_format == "tiff"):
+        yield f"{stem}_overlay.tif", partial(write_pages, pages=pictures)
+    else:
+        for number, picture in zip(frames, pictures, strict=False):
+            yield f"{stem}{number}_overlay.png", partial(write_png, array=picture)
+    if geojson_too:
+        yield f"{stem}.geojson", partial(write_geojson, labelled=labelled)
+
+
+def _figures(source: _Source, labelled: Labelled, seconds: float) -> dict[str, Any]:
+    """Of one input, for the report: shape as written, spacing and volumes where known, pixels of each label."""
+    sizes = {planes.shape[1:] for planes in labelled.planes}
+    figures: dict[str, Any] = {"seconds": seconds, "pixels": labelled.pixel_counts()}
+    if len(sizes) == 1:
+        figures["shape"] = [*([len(labelled.planes)] if labelled.numbered else []), *sizes.pop()]
+    spacing: tuple[float, ...] | None
+    if source.volume is None:
+        spacing = pixel_spacing(source.path)
+    else:
+        solid = source.volume.spacing_known and source.volume.in_space and len(source.volume.geometry.size) == 3
+        spacing = source.volume.geometry.spacing_mm[::-1] if solid else source.volume.spacing_mm
+    if spacing is not None:
+        figures["spacing_mm"] = list(spacing)
+        if len(spacing) == 3:
+            voxel_ml = math.prod(spacing) / 1000
+            figures["volume_ml"] = {name: round(n * voxel_ml, 6) for name, n in figures["pixels"].items()}
+    return figures
+
+
+def display_pixels(pixels: NDArray[Any] | Tensor) -> NDArray[np.uint8]:
+    """An image as 8-bit RGB ``[H, W, 3]`` for looking at.
+
+    Arrays of other types than 8-bit are stretched; tensors ``[3, H, W]`` in 0..1 are taken as they are.
+    """
+    if isinstance(pixels, Tensor):
+        shown: NDArray[np.uint8] = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        return shown
+    picture: NDArray[np.uint8] = pixels
     if pixels.dtype != np.uint8:
         values = np.nan_to_num(pixels.astype(np.float32))
         low, high = np.percentile(values, (0.5, 99.5))
-        pixels = (np.clip((values - low) / max(high - low, 1e-6), 0, 1) * 255).astype(np.uint8)
-    return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, 2)
+        picture = (np.clip((values - low) / max(high - low, 1e-6), 0, 1) * 255).astype(np.uint8)
+    return picture if picture.ndim == 3 else np.repeat(picture[..., None], 3, 2)
 
 
-_COLOURS = np.array([[255, 64, 64], [64, 200, 255], [255, 210, 60], [120, 255, 120], [220, 120, 255]], np.uint8)
+LABEL_COLOURS = np.array([[255, 64, 64], [64, 200, 255], [255, 210, 60], [120, 255, 120], [220, 120, 255]], np.uint8)
 
 
-def draw_overlay(picture: NDArray[np.uint8], labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The picture ``[H, W, 3]`` with the outline of every class of ``labels`` ``[H, W]``, and a light tint inside."""
+def draw_overlay(picture: NDArray[np.uint8], labels: NDArray[np.uint8] | NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """The picture ``[H, W, 3]`` with the outline of every label and a light tint inside.
+
+    Args:
+        picture: what is drawn on; it stays as it is.
+        labels: class ids ``[H, W]``, 0 is the background; or bool ``[L, H, W]``, one mask a label.
+    """
     from scipy.ndimage import binary_dilation, binary_erosion
 
+    if labels.ndim == 3:
+        masks = list(enumerate(labels.astype(bool)))
+    else:
+        masks = [(int(value) - 1, labels == value) for value in np.unique(labels[labels > 0])]
     result = picture.copy()
-    for value in np.unique(labels[labels > 0]):
-        inside = labels == value
-        colour = _COLOURS[(int(value) - 1) % len(_COLOURS)]
+    for index, inside in masks:
+        colour = LABEL_COLOURS[index % len(LABEL_COLOURS)]
         result[inside] = (0.8 * result[inside] + 0.2 * colour).astype(np.uint8)
         result[binary_dilation(inside) & ~binary_erosion(inside)] = colour
     return result

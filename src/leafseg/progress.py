@@ -34,6 +34,13 @@ class Bar:
             left = (self._logged - self._started) / (self._done - self._first) * (self._total - self._done)
             log.info("%s %d/%d, %s, %s left", self._name, self._done, self._total, status, _duration(left))
 
+    def reach(self, done: int, total: int) -> None:
+        """For work that reports (done, in all), and whose total only it knows."""
+        if self._progress is not None and self._task is not None and total != self._total:
+            self._progress.update(self._task, total=total)
+        self._total = total
+        self.advance(count=done - self._done)
+
     def note(self, line: str) -> None:
         if self._show:
             log.info("%s %d/%d: %s", self._name, self._done, self._total, line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from leafseg.errors import CheckpointError
 
 RUN_FILE = "run.json"
 SPLIT_FILE = "split.csv"
+ENSEMBLE_FILE = "ensemble.json"
 PIPELINE_FOLDER = "pipeline"
 TRAINER_FILES = ("weights.safetensors", "ema.safetensors", "optimizer.pt")
 _NAME = re.compile(r"step-(\d{6,})")
@@ -73,6 +75,19 @@ def best_checkpoint(run: Path) -> Path:
     return checkpoint_folder(run, best) if best in steps else last
 
 
+def model_sha256(model: str) -> str | None:
+    """Hash of the names and contents of a model's files; None for what is no pipeline's folder here (a hub id)."""
+    folder = Path(resolve_model(model))
+    if not (folder / "model_index.json").is_file():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(f"{content} {path.relative_to(folder).as_posix()}\n".encode())
+    return digest.hexdigest()
+
+
 def is_main_process() -> bool:
     """Whether this process writes and prints: of those that a launcher (torchrun, accelerate) started, the first."""
     return os.environ.get("RANK", "0") == "0"
@@ -80,6 +95,10 @@ def is_main_process() -> bool:
 
 def is_run(folder: Path) -> bool:
     return (folder / RUN_FILE).is_file()
+
+
+def is_ensemble(folder: Path) -> bool:
+    return (folder / ENSEMBLE_FILE).is_file()
 
 
 def resolve_model(model: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -63,6 +64,14 @@ def test_a_model_is_trained_evaluated_and_used(
     figures = json.loads((run / "evaluation-test" / "summary.json").read_text())["classes"]["foreground"]
     assert f"foreground: Dice {figures['dice']['mean']:.4f}" in evaluated.stdout
 
+    compared = cli("compare", run / "evaluation-test", run, "--data", data, "--out", tmp_path / "cmp", "--name", "a",
+                   "--name", "b")  # fmt: skip
+    assert compared.code == 0  # a model with itself: the second is evaluated now
+    differences = json.loads((tmp_path / "cmp" / "compare.json").read_text())["differences"]
+    assert {item["difference"]["mean"] for item in differences} == {0.0}
+    refused = cli("compare", run, run)
+    assert "is no evaluation (per_image.csv and summary.json); name the folder of one, or evaluate" in refused.error
+
     predicted = cli("predict", run, data, "--out", tmp_path / "masks")
     assert predicted.code == 0
     names = sorted(p.name for p in (data / "images").iterdir())
@@ -72,7 +81,7 @@ def test_a_model_is_trained_evaluated_and_used(
         assert mask.shape == (40, 36)
         assert set(np.unique(mask)) <= {0, 255}
     # Evaluation and prediction are one path: the same pixels are found.
-    found = {row.split(",")[0]: int(row.split(",")[-1]) for row in rows[1:]}
+    found = {row["name"]: int(row["predicted_pixels"]) for row in csv.DictReader(rows)}
     for name, pixels in found.items():
         assert np.count_nonzero(read_image(tmp_path / "masks" / f"{name}.png")) == pixels
 

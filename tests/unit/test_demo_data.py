@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from leafseg import demo
 from leafseg.config import DataSettings
-from leafseg.data.images import Geometry, read_mask, write_volume
-from leafseg.data.manifest import PARTS, load_manifest
+from leafseg.data.images import Geometry, write_volume
+from leafseg.data.manifest import PARTS, load_manifest, read_labels
 from leafseg.demo import GAP_SLICES, PATTERN, cut_slabs, usable_slices
 from leafseg.errors import DataError, MissingExtraError
 
@@ -69,13 +69,16 @@ def test_the_manifest_holds_every_part_with_masks_at_half_the_maps_maximum(tmp_p
     depth, side = 40, 40
     geometry = Geometry((side, side, depth), (1.0, 1.0, 2.0), (3.0, 4.0, 5.0), (-1.0, 0, 0, 0, -1.0, 0, 0, 0, 1.0))
     image = np.random.default_rng(0).integers(0, 256, (depth, side, side)).astype(np.uint8)
-    tissue = np.zeros_like(image)
-    tissue[5:35] = 100  # 1600 voxels a slice at half the maximum: not above it
-    tissue[5:35, :30] = 101  # 1200 above it
-    tissue[0, 0, 0] = 200
+    white = np.zeros_like(image)
+    white[5:35] = 100  # 1600 voxels a slice at half the maximum: not above it
+    white[5:35, :30] = 101  # 1200 above it
+    white[0, 0, 0] = 200
+    grey = np.zeros_like(image)
+    grey[:, 30:36] = 250  # in slices without white matter too
     template = tmp_path / "template"
     write_volume(template / demo._T1, image, geometry)
-    write_volume(template / demo._WHITE_MATTER, tissue, geometry)
+    write_volume(template / demo._WHITE_MATTER, white, geometry)
+    write_volume(template / demo._GREY_MATTER, grey, geometry)
 
     manifest = load_manifest(demo.write_data(tmp_path / "data", template), settings=DataSettings())
 
@@ -85,11 +88,12 @@ def test_the_manifest_holds_every_part_with_masks_at_half_the_maps_maximum(tmp_p
         ("validation", [11, 12, 13]),
         ("test", [25, 26, 27]),
     ]
-    sample = manifest.part("test").samples[0]
-    assert sample.mask is not None
-    mask = read_mask(sample.mask, sample.mask_frame)
-    assert (mask[:30] == 1).all()
-    assert (mask[30:] == 0).all()
+    assert manifest.label_map.names == ("background", "grey matter", "white matter")
+    # The template's rows run to the front (its y axis is -1 in LPS), those of the samples to the back.
+    rows = read_labels(manifest.part("test").samples[0], manifest.label_map, reading=manifest.reading)[::-1]
+    assert (rows[:30] == 2).all()
+    assert (rows[30:36] == 1).all()
+    assert (rows[36:] == 0).all()
 
 
 def test_missing_packages_are_named_once_with_the_command_that_installs_them(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from leafseg.data.images import (
     check_image,
     count_frames,
     image_stem,
+    pixel_spacing,
     read_image,
     read_mask,
     read_volume,
@@ -27,6 +29,7 @@ from leafseg.data.images import (
 from leafseg.errors import DataError
 from leafseg.files import atomic_path, write_json_atomic
 
+IDENTITY = (1, 0, 0, 0, 1, 0, 0, 0, 1)
 GREY = np.arange(12, dtype=np.uint8).reshape(3, 4)
 RGB = np.arange(36, dtype=np.uint8).reshape(3, 4, 3)
 
@@ -178,7 +181,7 @@ def test_a_volume_and_its_grid_survive_writing_and_reading(tmp_path: Path, suffi
     np.testing.assert_allclose(found.affine, geometry.affine, atol=1e-5)
     assert found.size == geometry.size
     assert count_frames(path) == 2
-    np.testing.assert_array_equal(read_image(path, 1), voxels[1])
+    np.testing.assert_array_equal(read_image(path, 1, reading=images.STORED), voxels[1])
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     assert image_stem(path) == "v"
 
@@ -320,6 +323,60 @@ def test_a_volume_of_colours_or_of_times_is_refused(tmp_path: Path) -> None:
     for name in ("rgb.mha", "time.nii"):
         with pytest.raises(DataError, match=name):
             read_volume(tmp_path / name)
+
+
+# Where the number stands in a NIfTI header: pixdim[1], and the third entry of srow_x.
+@pytest.mark.parametrize(
+    ("offset", "value"), [(80, "nan"), (80, "inf"), (80, "0"), (80, "-2"), (288, "nan"), (288, "inf")]
+)
+@pytest.mark.parametrize("suffix", ["nii", "nii.gz"])
+def test_a_nifti_whose_grid_is_no_number_is_refused(tmp_path: Path, suffix: str, offset: int, value: str) -> None:
+    path = tmp_path / "v.nii"
+    write_volume(path, np.ones((2, 3, 4), np.uint8), images.Geometry((4, 3, 2), (1, 1, 1), (0, 0, 0), IDENTITY))
+    content = bytearray(path.read_bytes())
+    content[offset : offset + 4] = np.float32(value).tobytes()
+    path = tmp_path / f"v.{suffix}"
+    path.write_bytes(content if suffix == "nii" else gzip.compress(content))
+    for function in (read_volume, count_frames, pixel_spacing):
+        with pytest.raises(DataError, match=r"must be positive|is no number|proper directions") as caught:
+            function(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line", ["ElementSpacing = 1 0 1", "ElementSpacing = 1 nan 1", "TransformMatrix = 1 0 0 1 0 0 0 0 1"]
+)
+def test_a_volume_without_a_proper_grid_is_refused(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "v.mha"
+    key = line.split(" = ")[0]
+    header = [
+        "ObjectType = Image", "NDims = 3", "BinaryData = True", "CompressedData = False",
+        "TransformMatrix = 1 0 0 0 1 0 0 0 1", "Offset = 0 0 0", "ElementSpacing = 1 1 1", "DimSize = 4 3 2",
+        "ElementType = MET_UCHAR", "ElementDataFile = LOCAL",
+    ]  # fmt: skip
+    text = "\n".join(line if entry.startswith(key) else entry for entry in header)
+    path.write_bytes(text.encode() + b"\n" + bytes(24))
+    with pytest.raises(DataError, match=r"v\.mha: .*(spacing|directions|cannot be read)"):
+        read_volume(path)
+
+
+def test_a_compressed_file_that_unpacks_to_more_than_it_states_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "v.nii"
+    write_volume(path, np.ones((2, 3, 4), np.uint8), images.Geometry((4, 3, 2), (1, 1, 1), (0, 0, 0), IDENTITY))
+    with gzip.open(tmp_path / "v.nii.gz", "wb") as stream:
+        stream.write(path.read_bytes() + bytes(2**24 + 2**20))
+    with pytest.raises(DataError, match=r"v\.nii\.gz: unpacks to more than the 24 bytes that its header states"):
+        read_volume(tmp_path / "v.nii.gz")
+
+
+def test_a_header_that_states_more_voxels_than_the_file_can_hold_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "v.nrrd"
+    path.write_bytes(
+        b"NRRD0004\ntype: float\ndimension: 3\nsizes: 1000 1000 1000\nencoding: gzip\nendian: little\n\n" + b"0" * 99
+    )
+    for function in (read_volume, count_frames):
+        with pytest.raises(DataError, match=r"v\.nrrd: cannot be read \(4,000,000,000 bytes of voxels"):
+            function(path)
 
 
 def test_writing_onto_another_grid_is_refused(tmp_path: Path) -> None:

@@ -366,7 +366,7 @@ def test_a_group_or_an_image_in_two_parts_is_refused(tmp_path: Path) -> None:
     folder(tmp_path, [BINARY] * 2)
     rows = ["images/s00.png,masks/s00.png,p1,train", "images/s01.png,masks/s01.png,p1,test"]
     path = write_csv(tmp_path / "list.csv", "image,mask,group,part", *rows)
-    assert "1 group lies in two parts (p1)" in complaint(path)
+    assert "1 group lies in two parts (s00 and s01)" in complaint(path)
     shutil.copy(tmp_path / "images" / "s00.png", tmp_path / "images" / "s01.png")
     write_csv(path, "image,mask,group,part", *[row.replace("p1", "") for row in rows])
     assert "1 image lies in two parts under two names (s00 = s01)" in complaint(path)

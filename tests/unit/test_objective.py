@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from leafseg.objective import (
     add_noise,
     alignment_loss,
+    known_cells,
     latent_loss,
     pixel_loss,
     predicted_sample,
@@ -170,3 +171,60 @@ def test_a_terminal_fraction_of_zero_takes_no_sample_one_takes_all_and_others_th
 def test_a_divisor_divides_the_mean_alignment() -> None:
     student, teacher = torch.randn(2, 4, 5, 7, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(alignment_loss(student, teacher, divisor=4), alignment_loss(student, teacher) / 4)
+
+
+# --- pixels that nobody labelled --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("channels", "exclusive"), [(1, True), (3, True), (3, False)])
+def test_known_pixels_everywhere_change_no_bit_of_a_loss(channels: int, exclusive: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, channels, 7, 5, generator=generator)
+    target = torch.randint(0, max(2, channels), (2, 7, 5), generator=generator)
+    if not exclusive:
+        target = target[:, None] == torch.arange(3)[:, None, None]
+    known = torch.ones(2, 7, 5, dtype=torch.bool)
+    assert torch.equal(
+        pixel_loss(logits, target, exclusive=exclusive, known=known), pixel_loss(logits, target, exclusive=exclusive)
+    )
+    one, two = torch.randn(2, 2, 4, 7, 5, generator=generator)
+    assert torch.equal(latent_loss(one, two, known=known), latent_loss(one, two))
+
+
+@pytest.mark.parametrize(("channels", "exclusive"), [(1, True), (3, True), (3, False)])
+def test_a_pixel_loss_with_unknown_pixels_is_that_of_the_image_without_them(channels: int, exclusive: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(1, channels, 4, 6, generator=generator, requires_grad=True)
+    target = torch.randint(0, max(2, channels), (1, 4, 6), generator=generator)
+    if not exclusive:
+        target = target[:, None] == torch.arange(3)[:, None, None]
+    known = torch.ones(1, 4, 6, dtype=torch.bool)
+    known[:, :, 4:] = False
+    found = pixel_loss(logits, target, exclusive=exclusive, known=known)
+    torch.testing.assert_close(found, pixel_loss(logits[..., :4], target[..., :4], exclusive=exclusive))
+    found.backward()
+    assert logits.grad is not None
+    assert (logits.grad[..., 4:] == 0).all()
+    assert (logits.grad[..., :4] != 0).any()
+
+
+def test_the_latent_loss_is_the_mean_over_known_cells() -> None:
+    prediction, target = torch.tensor([[[[1.0, -2.0, 8.0]]]]), torch.zeros(1, 1, 1, 3)
+    known = torch.tensor([[[True, True, False]]])
+    assert latent_loss(prediction, target, known=known).item() == pytest.approx((1 + 2) / 2)
+
+
+def test_a_batch_in_which_nothing_is_known_has_no_loss() -> None:
+    nothing = torch.zeros(1, 4, 4, dtype=torch.bool)
+    logits = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    loss = pixel_loss(logits, torch.zeros(1, 4, 4, dtype=torch.int64), known=nothing)
+    loss.backward()
+    assert loss.item() == 0
+    assert (logits.grad == 0).all()
+    assert latent_loss(torch.ones(1, 2, 4, 4), torch.zeros(1, 2, 4, 4), known=nothing).item() == 0
+
+
+def test_a_latent_cell_is_known_if_all_its_pixels_are() -> None:
+    known = torch.ones(1, 16, 24, dtype=torch.bool)
+    known[0, 7, 8] = False  # the last row of the first cells, the first column of the second ones
+    assert known_cells(known, (2, 3)).tolist() == [[[True, False, True], [True, True, True]]]

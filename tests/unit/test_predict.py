@@ -11,10 +11,14 @@ import numpy as np
 import pytest
 import SimpleITK
 import tifffile
+import torch
 from PIL import Image
+from typer.testing import CliRunner
 
-from leafseg.data.images import Geometry, read_image, read_volume, write_png, write_volume
-from leafseg.errors import CheckpointError, DataError
+from leafseg.cli import app
+from leafseg.config import PreprocessingSettings
+from leafseg.data.images import Geometry, Reading, read_image, read_volume, write_png, write_volume
+from leafseg.errors import CheckpointError, ConfigError, DataError
 from leafseg.pipeline import LeafPipeline
 from leafseg.predict import (
     PipelineSegmenter,
@@ -30,6 +34,11 @@ class ThresholdSegmenter:
     """Calls everything above half of the type's range foreground: a segmenter whose answer is known."""
 
     label_names: tuple[str, ...] = ("background", "bright")
+    overlapping = False
+    preprocessing = PreprocessingSettings()
+
+    def read(self, path: Path, frame: int | None = None) -> np.ndarray:
+        return read_image(path, frame, reading=Reading.of(self.preprocessing))
 
     def segment(self, images: Sequence[np.ndarray]) -> list[Segmentation]:
         results = []
@@ -46,6 +55,11 @@ class ThreeClassSegmenter:
     """Classes 0, 1 and 2 by the pixel's value; its probability is certain."""
 
     label_names = ("background", "cup", "disc")
+    overlapping = False
+    preprocessing = PreprocessingSettings()
+
+    def read(self, path: Path, frame: int | None = None) -> np.ndarray:
+        return read_image(path, frame, reading=Reading.of(self.preprocessing))
 
     def segment(self, images: Sequence[np.ndarray]) -> list[Segmentation]:
         labels = [np.clip(image, 0, 2).astype(np.uint8) for image in images]
@@ -81,8 +95,8 @@ def test_more_than_two_classes_are_written_as_class_ids(tmp_path: Path) -> None:
     write_png(tmp_path / "a.png", image)
     predict_files(ThreeClassSegmenter(), [tmp_path / "a.png"], tmp_path / "out", probability=True)
     assert np.array_equal(pixels_of(tmp_path / "out" / "a.png"), image)
-    # The foreground is everything but the background.
-    assert np.array_equal(pixels_of(tmp_path / "out" / "a_probability.png"), (image > 0) * 65535)
+    for name, value in (("cup", 1), ("disc", 2)):
+        assert np.array_equal(pixels_of(tmp_path / "out" / f"a_probability_{name}.png"), (image == value) * 65535)
 
 
 def test_every_page_of_a_tiff_gives_a_mask(tmp_path: Path) -> None:
@@ -126,7 +140,7 @@ def test_a_real_pipeline_writes_masks_of_any_size(tmp_path: Path, tiny_pipeline:
     np.testing.assert_allclose(stored / 65535, probability, atol=1 / 65535)
     assert pixels_of(tmp_path / "out" / "a_overlay.png").shape == (45, 23, 3)
     labels, _ = read_volume(tmp_path / "out" / "v.nii.gz")
-    assert np.array_equal(labels[1], segmenter.segment([voxels[1]])[0].labels)
+    assert np.array_equal(labels[1], segmenter.segment([segmenter.read(tmp_path / "v.nii.gz", 1)])[0].labels)
 
 
 def test_images_of_many_sizes_come_back_in_their_order(tiny_pipeline: LeafPipeline) -> None:
@@ -139,6 +153,30 @@ def test_images_of_many_sizes_come_back_in_their_order(tiny_pipeline: LeafPipeli
         np.testing.assert_allclose(result.probability, segmenter.segment([image])[0].probability, atol=1e-5)
     assert segmenter.segment([]) == []
     assert segmenter.label_names == ("background", "foreground")
+
+
+def test_tensors_give_what_their_arrays_give(tiny_pipeline: LeafPipeline) -> None:
+    segmenter = PipelineSegmenter(tiny_pipeline)
+    arrays = [picture(20, 30), picture(30, 20), picture(20, 30, seed=1)]
+    tensors = [tiny_pipeline.preprocessor.intensity_to_unit(array) for array in arrays]
+    mixed = [tensors[0], arrays[1], tensors[2]]
+    for expected, found in zip(segmenter.segment(arrays), segmenter.segment(mixed), strict=True):
+        np.testing.assert_allclose(found.probability, expected.probability, atol=1e-5)
+        assert found.labels is not None
+        assert np.array_equal(found.mask[0], found.labels == 1)
+    assert not segmenter.overlapping
+    assert segmenter.preprocessing == tiny_pipeline.preprocessor.settings
+
+
+def test_a_mask_follows_from_labels_and_of_overlapping_labels_from_probabilities() -> None:
+    labels = np.array([[0, 1], [2, 1]], np.uint8)
+    binary = Segmentation(np.zeros((1, 2, 2), np.float32), (labels == 1).astype(np.uint8))
+    assert binary.mask.tolist() == [[[False, True], [False, True]]]
+    several = Segmentation(np.zeros((3, 2, 2), np.float32), labels)
+    assert several.mask.sum((1, 2)).tolist() == [1, 2, 1]
+    assert np.array_equal(several.mask.argmax(0), labels)
+    overlapping = Segmentation(np.array([[[0.9, 0.2]], [[0.8, 0.5]]], np.float32), None)
+    assert overlapping.mask.tolist() == [[[True, False]], [[True, False]]]
 
 
 def test_bad_files_do_not_stop_the_others_and_are_named_with_their_reason(tmp_path: Path) -> None:
@@ -160,6 +198,27 @@ def test_bad_files_do_not_stop_the_others_and_are_named_with_their_reason(tmp_pa
     assert stored["failed"] == report.failed
     assert stored["written"] == report.written
     assert (stored["model"], stored["label_names"]) == ("threshold", ["background", "bright"])
+
+
+def test_the_report_holds_figures_of_every_input(tmp_path: Path) -> None:
+    write_png(tmp_path / "a.png", np.array([[0, 1, 2], [2, 1, 2]], np.uint8))
+    voxels = np.zeros((2, 3, 4), np.uint8)
+    voxels[1, 2, :3] = 1
+    flat = (1, 0, 0, 0, 1, 0, 0, 0, 1)
+    write_volume(tmp_path / "v.mha", voxels, Geometry((4, 3, 2), (0.5, 0.8, 2.5), (0, 0, 0), flat))
+    report = predict_files(ThreeClassSegmenter(), [tmp_path / "a.png", tmp_path / "v.mha"], tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["figures"] == report.figures
+    picture_figures, volume_figures = report.figures.values()
+    assert picture_figures.pop("seconds") >= 0
+    assert picture_figures == {"pixels": {"cup": 2, "disc": 3}, "shape": [2, 3]}
+    assert volume_figures.pop("seconds") >= 0
+    # A voxel is 0.5 x 0.8 x 2.5 = 1 cubic millimetre.
+    assert volume_figures == {
+        "pixels": {"cup": 3, "disc": 0},
+        "shape": [2, 3, 4],
+        "spacing_mm": [2.5, 0.8, 0.5],
+        "volume_ml": {"cup": 0.003, "disc": 0.0},
+    }
 
 
 def test_a_data_folder_gives_its_images_and_not_its_masks(tmp_path: Path) -> None:
@@ -248,6 +307,23 @@ def test_a_segmenter_loads_from_a_pipeline_folder_and_computes_the_same(
     assert several.segment([picture()])[0].spread is not None
 
 
+def test_the_command_takes_formats_contours_and_coded_names(tmp_path: Path, tiny_pipeline: LeafPipeline) -> None:
+    tiny_pipeline.save_pretrained(tmp_path / "model")
+    voxels = np.stack([picture(9, 7, seed=seed, dtype=np.uint16) for seed in range(2)])
+    write_volume(tmp_path / "v.nii.gz", voxels, Geometry((7, 9, 2), (1, 1, 1), (0, 0, 0), (1, 0, 0, 0, 1, 0, 0, 0, 1)))
+    code = {"value": "10200004", "scheme": "SCT", "meaning": "Liver"}
+    (tmp_path / "segments.json").write_text(json.dumps({"foreground": {"type": code}}))
+    given = ["predict", str(tmp_path / "model"), str(tmp_path / "v.nii.gz"), "--out", str(tmp_path / "out")]
+    options = ["--format", "mha", "--contours", "coco", "--probability", "--segments", str(tmp_path / "segments.json")]
+    ended = CliRunner().invoke(app, [*given, *options], catch_exceptions=False)
+    assert ended.exit_code == 0
+    names = ["annotations.json", "report.json", "v.mha", "v_probability.mha"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    (tmp_path / "segments.json").write_text(json.dumps({"liver": {"type": code}}))
+    with pytest.raises(ConfigError, match="'liver', which is no label of the model; it has foreground"):
+        CliRunner().invoke(app, [*given, *options], catch_exceptions=False)
+
+
 def test_a_segmenter_refuses_more_steps_than_the_schedule_has(tmp_path: Path, tiny_pipeline: LeafPipeline) -> None:
     tiny_pipeline.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"--steps is 1001; the model's schedule has 1\.\.1000"):
@@ -267,6 +343,19 @@ def test_an_overlay_changes_nothing_outside_the_mask_and_its_outline() -> None:
     assert (grey == 100).all()
 
 
+def test_an_overlay_draws_overlapping_labels_each_in_its_colour() -> None:
+    masks = np.zeros((2, 30, 30), bool)
+    masks[0, 2:20, 2:20] = True
+    masks[1, 10:28, 10:28] = True
+    drawn = draw_overlay(np.full((30, 30, 3), 100, np.uint8), masks)
+    single = np.zeros((30, 30), np.uint8)
+    single[2:20, 2:20] = 1
+    assert np.array_equal(drawn[2, 2], draw_overlay(np.full((30, 30, 3), 100, np.uint8), single)[2, 2])
+    assert (
+        len({tuple(drawn[row, row]) for row in (0, 2, 5, 15, 27)}) == 5
+    )  # outside, two outlines, one tint, both tints
+
+
 def test_pictures_for_looking_at_are_8_bit_rgb() -> None:
     eight = picture(4, 5)
     assert np.array_equal(display_pixels(eight), np.stack([eight] * 3, -1))
@@ -275,3 +364,6 @@ def test_pictures_for_looking_at_are_8_bit_rgb() -> None:
     assert wide.shape == (20, 20, 3)
     assert (wide.min(), wide.max()) == (0, 255)
     assert (display_pixels(np.full((3, 3), 7.0)) == 0).all()
+    unit = torch.tensor([0.0, 0.2, 1.0]).reshape(3, 1, 1).expand(3, 4, 5)
+    assert display_pixels(unit).shape == (4, 5, 3)
+    assert display_pixels(unit)[2, 3].tolist() == [0, 51, 255]

@@ -11,12 +11,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from leafseg.config import DataSettings
-from leafseg.data.images import write_png
+from leafseg.config import DataSettings, PreprocessingSettings
+from leafseg.data.images import read_image, write_png
 from leafseg.data.manifest import load_manifest
 from leafseg.errors import DataError
+from leafseg.evaluation.calibration import Reliability
 from leafseg.evaluation.evaluate import Evaluation, EvaluationRow, evaluate, summarise
-from leafseg.evaluation.report import Example, find_examples, rank_images, write_report
+from leafseg.evaluation.report import (
+    _PREDICTION_COLOUR,
+    _TRUTH_COLOUR,
+    Example,
+    _outlines,
+    find_examples,
+    in_short,
+    rank_images,
+    write_report,
+)
 from leafseg.predict import Segmentation
 
 pytest.importorskip("matplotlib")
@@ -110,16 +120,16 @@ def test_the_page_holds_figures_hash_versions_settings_command_and_the_warning(p
 
 
 def test_the_pictures_are_whole_and_small_images_are_enlarged(page: str) -> None:
-    # Two histograms, two loss parts and the validation Dice, for a light and a dark page each; three panels.
+    # Two histograms, two loss parts and the validation Dice, for a light and a dark page each; four panels.
     found = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)
-    assert len(found) == 2 * (2 + 2 + 1) + 3
+    assert len(found) == 2 * (2 + 2 + 1) + 4
     sizes = []
     for data in found:
         with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
             picture.load()
             sizes.append(picture.size)
     # 30 pixels wide, enlarged by the smallest whole factor that gives 400: 14.
-    assert sizes.count((420, 280)) == 3
+    assert sizes.count((420, 280)) == 4
 
 
 def test_best_median_and_worst_follow_dice() -> None:
@@ -166,10 +176,88 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> N
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+# --- what the page says -----------------------------------------------------------------------------------------------
+
+
+def measured(name: str, dice: float, *, group: str = "", assd: float | None = 1.5, found: int = 10) -> EvaluationRow:
+    return EvaluationRow(
+        name, "lesion", name, False, dice, dice / (2 - dice), 10, found,
+        group=group, precision=None if not found else 0.9, recall=dice, hd95=assd, assd=assd, nsd=dice, unit="mm",
+    )  # fmt: skip
+
+
+def full() -> Evaluation:
+    rows = [measured(f"image {k}", 0.9 if k < 7 else 0.4, group=f"{k % 3}" * 12) for k in range(9)]
+    rows += [measured("missed", 0.0, group="0" * 12, assd=None, found=0)]
+    rows += [EvaluationRow(f"empty {k}", "lesion", "", True, None, None, 0, k, pixels=100, unit="mm") for k in (0, 5)]
+    part = Reliability(np.array([90.0, 10.0]), np.array([9.0, 9.0]), np.array([9.0, 5.0]))
+    summary = {
+        **summarise(rows), "model_sha256": "cd" * 32, "data": "clinic", "part": "test", "steps": 3, "noise": "gaussian",
+        "timesteps": "trailing", "samples": 2, "precision": "bf16", "split_sha256": "ef" * 32,
+        "preprocessing": {"fit": "stretch"}, "versions": {"monai": "1.2.3"},
+    }  # fmt: skip
+    return Evaluation(tuple(rows), summary, {"lesion": part})
+
+
+def test_the_first_sentences_count_images() -> None:
+    lines = " ".join(in_short(full()))
+    assert "in 7 of 10 images that show it, the found area agrees well" in lines
+    assert "1 of them was missed altogether" in lines
+    assert "the mean Dice is 0.71" in lines  # (7 x 0.9 + 2 x 0.4 + 0) / 10
+    assert "1.5 millimetres apart" in lines
+    assert "in 1 of 2 images that do not show it, something was marked" in lines
+
+
+def test_the_page_shows_every_measure_with_its_number_of_images_and_all_that_repeats_it(tmp_path: Path) -> None:
+    write_report(tmp_path / "r.html", title="T", evaluation=full())
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    for text in (
+        "Dice", "IoU", "Precision", "Recall", "HD95, mm", "ASSD, mm", "Surface Dice at 2 mm", "False-positive rate",
+        "False-positive area", "n = 10", "n = 9", "n = 2", "of these, missed", "Calibration", "What went wrong",
+        "missed 1, false positive 1, low Dice 2", "Groups", "0" * 12, "over 5 groups", "Intended use",
+        "cd" * 32, "ef" * 32, "3 (trailing timesteps)", "gaussian, 2 draws", "bf16", "fit=stretch", "monai 1.2.3",
+    ):  # fmt: skip
+        assert text in page, text
+    # 9 of 10 pixels that are stated with 0.9 should be true, 5 are; the other 90 are calibrated: (0.4 x 10) / 100.
+    assert "0.0400" in page
+    assert not re.search(r"https?://", page)
+
+
+def test_few_images_groups_and_a_part_that_was_trained_on_are_said(tmp_path: Path) -> None:
+    evaluation = full()
+    evaluation.summary["part"] = "all"
+    evaluation.summary["selected_on_test"] = True
+    write_report(tmp_path / "r.html", title="T", evaluation=evaluation)
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    for text in ("Only 12 images were evaluated", "come from 5 groups", "trained on", "chose the checkpoint"):
+        assert text in page
+    write_report(tmp_path / "r.html", title="T", evaluation=Evaluation((row("a", 0.5),), summarise([row("a", 0.5)])))
+    assert "No groups (patients, volumes) are known" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_the_outlines_of_reference_and_prediction_have_their_colours_where_they_run() -> None:
+    truth, predicted = np.zeros((30, 30), np.uint8), np.zeros((30, 30), np.uint8)
+    truth[5:15, 5:15] = 1
+    predicted[5:15, 10:25] = 1
+    drawn = _outlines(np.zeros((30, 30, 3), np.uint8), truth, predicted)
+    assert tuple(drawn[10, 5]) == _TRUTH_COLOUR  # its left edge
+    assert tuple(drawn[10, 24]) == _PREDICTION_COLOUR  # its right edge
+    assert tuple(drawn[5, 12]) == _PREDICTION_COLOUR  # where both run, the narrow one lies upon the wide one
+    assert tuple(drawn[4, 12]) == _TRUTH_COLOUR
+    assert not drawn[10, 20].any()
+    layers = _outlines(np.zeros((30, 30, 3), np.uint8), truth[None] > 0, predicted[None] > 0)
+    assert np.array_equal(layers, drawn)
+
+
 class LeftHalf:
     """Says that every image's left half is foreground."""
 
     label_names = ("background", "foreground")
+    overlapping = False
+    preprocessing = PreprocessingSettings()
+
+    def read(self, path: Path, frame: int | None = None) -> np.ndarray:
+        return read_image(path, frame)
 
     def segment(self, images: list[np.ndarray]) -> list[Segmentation]:
         labels = [np.zeros(image.shape[:2], np.uint8) for image in images]

@@ -11,13 +11,13 @@ from torch.utils.data import Dataset, Sampler
 
 from leafseg import rng
 from leafseg.config import AugmentationSettings
-from leafseg.data.images import read_image, read_mask
-from leafseg.data.manifest import Manifest
+from leafseg.data.manifest import Manifest, read_labels
 from leafseg.data.transforms import (
     Augmentation,
     Preprocessor,
     augment,
     draw_augmentation,
+    draw_tile,
     pack_augmentation,
 )
 from leafseg.errors import DataError
@@ -35,6 +35,8 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         augmentation: None leaves samples as they are.
         seed: the run's seed.
         cache_mb: memory for decoded samples in each process; what does not fit is decoded again each time.
+        foreground_tiles: with fit ``tile``, a sample is one tile of its image, keyed by the position; this share of
+            them is centred on a labelled pixel.
     """
 
     def __init__(
@@ -45,8 +47,9 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         augmentation: AugmentationSettings | None,
         seed: int,
         cache_mb: int,
+        foreground_tiles: float = 0.5,
     ) -> None:
-        unmasked = [sample.name for sample in manifest.samples if sample.mask is None]
+        unmasked = [sample.name for sample in manifest.samples if not sample.has_labels]
         if unmasked:
             raise DataError(
                 f"{manifest.root}: {len(unmasked)} samples have no mask ({unmasked[0]} first); add the masks"
@@ -56,6 +59,7 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         self.augmentation = augmentation
         self.seed = seed
         self.cache_mb = cache_mb
+        self.foreground_tiles = foreground_tiles
         self._cache: dict[int, tuple[Tensor, Tensor]] = {}
         self._cached_bytes = 0
 
@@ -69,7 +73,8 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
             key: (global sample position, index into the manifest).
 
         Returns:
-            ``image`` float32 ``[3, h, w]`` in 0..1, ``labels`` int64 ``[h, w]``, ``augmentation`` float32 ``[9]`` (see
+            ``image`` float32 ``[3, h, w]`` in 0..1, ``labels`` int64 ``[h, w]`` (``IGNORE`` where nobody labelled) or
+            bool ``[C, h, w]`` for overlapping labels, ``augmentation`` float32 ``[11]`` (see
             ``transforms.unpack_augmentation``), and the ints ``index`` and ``position``.
 
         Raises:
@@ -77,7 +82,17 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         """
         position, index = key
         image_bytes, label_bytes = self._decoded(index)
-        image, labels = image_bytes.float() / 255.0, label_bytes.long()
+        if self.preprocessor.settings.fit == "tile":
+            tile = rng.generator(self.seed, "tile", position)
+            image_bytes, label_bytes = draw_tile(
+                image_bytes,
+                label_bytes,
+                self.preprocessor.settings.size,
+                foreground_share=self.foreground_tiles,
+                generator=tile,
+            )
+        image = image_bytes.float() / 255.0
+        labels = label_bytes.bool() if self.manifest.label_map.overlapping else label_bytes.long()
         change = Augmentation()
         if self.augmentation is not None:
             change = draw_augmentation(self.augmentation, rng.generator(self.seed, "augmentation", position))
@@ -98,10 +113,8 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         if cached is not None:
             return cached
         sample = self.manifest.samples[index]
-        if sample.mask is None:
-            raise DataError(f"{sample.image}: the sample has no mask; add the mask")  # narrows the type; see __init__
-        pixels = read_image(sample.image, sample.frame)
-        classes = self.manifest.label_map.apply(read_mask(sample.mask, sample.mask_frame), source=str(sample.mask))
+        pixels = self.preprocessor.read(sample.image, sample.frame)
+        classes = read_labels(sample, self.manifest.label_map, reading=self.preprocessor.reading)
         try:
             image, placement = self.preprocessor.apply(pixels)
             labels = self.preprocessor.apply_labels(classes, placement)

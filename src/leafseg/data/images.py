@@ -1,4 +1,4 @@
-"""Read one image, mask or volume into pixels and geometry, and write masks back.
+"""Read one image, mask or volume into pixels and geometry, and write masks back; ``dicom.py`` does so for DICOM.
 
 Whatever is wrong with a file, the caller sees one ``DataError`` that names it. SimpleITK and tifffile are imported only
 where a file needs them: they cost more to import than most images take to read.
@@ -7,12 +7,12 @@ where a file needs them: they cost more to import than most images take to read.
 from __future__ import annotations
 
 import gzip
+import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,14 +28,51 @@ from PIL import (
     UnidentifiedImageError,
 )
 
-from leafseg.errors import DataError
+from leafseg.data import dicom
+from leafseg.data.dicom import DICOM_SUFFIXES
+from leafseg.data.geometry import (
+    LPS,
+    MAX_PIXELS,
+    MAX_VOXELS,
+    STORED,
+    Geometry,
+    Grid,
+    Reading,
+    Slicing,
+    Volume,
+    check_geometry,
+    slicing,
+)
+from leafseg.errors import DataError, LeafsegError, last_line
 from leafseg.files import atomic_path
+
+__all__ = [
+    "DICOM_SUFFIXES",
+    "IMAGE_SUFFIXES",
+    "LPS",
+    "MAX_PIXELS",
+    "STORED",
+    "VOLUME_SUFFIXES",
+    "Geometry",
+    "OrientedVolume",
+    "Reading",
+    "check_image",
+    "count_frames",
+    "file_state",
+    "image_stem",
+    "image_suffix",
+    "is_volume",
+    "pixel_spacing",
+    "read_image",
+    "read_mask",
+    "read_oriented",
+    "read_volume",
+    "write_png",
+    "write_volume",
+]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 VOLUME_SUFFIXES = (".nii", ".nii.gz", ".mha", ".nrrd")
-
-MAX_PIXELS = 89_478_485  # Pillow's own limit against decompression bombs: a quarter of a gigabyte as RGB
-MAX_VOXELS = 2**30
 
 # Only decoders that need no helper program: Pillow's EPS reader would start Ghostscript. Naming the classes imports
 # them too, which Pillow leaves out when it is given a list.
@@ -52,75 +89,76 @@ _PILLOW_GREY = ("L", "I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 _OPEN_LOCK = threading.Lock()
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """The grid of a volume: enough to write another volume onto it. All tuples are in ITK's axis order, x first.
-
-    Attributes:
-        size: voxels along x, y (, z).
-        spacing_mm: distance between voxel centres along x, y (, z).
-        origin: physical position of the first voxel's centre, in mm.
-        direction: row-major matrix of axis directions; 9 numbers, 4 for a two-dimensional file.
-    """
-
-    size: tuple[int, ...]
-    spacing_mm: tuple[float, ...]
-    origin: tuple[float, ...]
-    direction: tuple[float, ...]
-
-    @property
-    def affine(self) -> NDArray[np.float64]:
-        """Homogeneous matrix from voxel index (x, y, z) to physical position in mm (ITK's LPS convention)."""
-        n = len(self.size)
-        matrix = np.eye(n + 1)
-        matrix[:n, :n] = np.reshape(self.direction, (n, n)) @ np.diag(self.spacing_mm)
-        matrix[:n, n] = self.origin
-        return matrix
+_MAX_DEFLATION = 1040  # zlib's own limit, by which a file may be shorter than its voxels
+# A few volumes: the slices of one are asked for in turn, of an image and its mask alternately, by several threads.
+_MAX_CACHED_BYTES = 2**31
 
 
 def image_suffix(path: Path) -> str | None:
-    """The accepted suffix that the file name ends with, in lower case; None if it has none."""
+    """The accepted suffix that the file name ends with, in lower case; None if it has none.
+
+    A DICOM file without a known suffix, and a folder of DICOM slices, count as ``.dcm``.
+    """
     name = path.name.lower()
-    for suffix in sorted(IMAGE_SUFFIXES + VOLUME_SUFFIXES, key=len, reverse=True):
-        if name.endswith(suffix) and len(name) > len(suffix):
+    for suffix in sorted(IMAGE_SUFFIXES + VOLUME_SUFFIXES + DICOM_SUFFIXES, key=len, reverse=True):
+        if name.endswith(suffix) and len(name) > len(suffix) and not path.is_dir():
             return suffix
+    if dicom.is_dicom(path) or (path.is_dir() and dicom.holds_slices(path)):
+        return DICOM_SUFFIXES[0]
     return None
 
 
 def image_stem(path: Path) -> str:
-    """The file name without its suffix; ``.nii.gz`` counts as one suffix."""
+    """The file name without its suffix; ``.nii.gz`` counts as one suffix; a folder of DICOM slices has none."""
     suffix = image_suffix(path)
-    return path.name[: -len(suffix)] if suffix else path.stem
+    if suffix is None:
+        return path.stem
+    return path.name[: -len(suffix)] if path.name.lower().endswith(suffix) and not path.is_dir() else path.name
 
 
-def read_image(path: Path, frame: int | None = None) -> NDArray[Any]:
-    """The pixels of one image, one page of a TIFF, or one axial slice of a volume.
+def is_volume(path: Path) -> bool:
+    """Whether a file holds a volume: by its suffix, a folder of DICOM slices, or a DICOM file of several frames.
+
+    False for DICOM that cannot be read: reading it says why.
+    """
+    suffix = image_suffix(path)
+    return suffix in VOLUME_SUFFIXES or (suffix in DICOM_SUFFIXES and dicom.is_volume(path))
+
+
+def read_image(path: Path, frame: int | None = None, *, reading: Reading = LPS) -> NDArray[Any]:
+    """The pixels of one image, one page of a TIFF, or one slice of a volume.
 
     Args:
-        path: PNG, JPEG, TIFF, BMP, NIfTI, MHA or NRRD.
-        frame: page, or index along the first NumPy axis of a volume; needed where the file holds more than one.
+        path: PNG, JPEG, TIFF, BMP, NIfTI, MHA, NRRD, DICOM, or a folder of DICOM slices.
+        frame: page, or slice of the volume as ``reading`` turns it; needed where there is more than one.
+        reading: how volumes are turned and cut; files without slices are unaffected.
 
     Returns:
         ``[H, W]`` or ``[H, W, 3]`` in the file's own type (16-bit RGB PNGs come as 8 bits, Pillow's limit). EXIF
-        orientation is applied, palettes are looked up, alpha is dropped.
+        orientation is applied, palettes are looked up, alpha is dropped, DICOM values are rescaled to their units and
+        MONOCHROME1 is turned to bright on dark. Neighbouring slices are three channels; beyond the first and the last
+        slice, that one is repeated.
 
     Raises:
         DataError: for a file that is missing, damaged, too large, of another kind, or has no such frame.
     """
     with _reading(path):
-        if _is_volume(path):
-            return _read_slice(path, frame)
-        return _read_flat(path, frame, as_mask=False)
+        if not _is_sliced(path):
+            return _read_flat(path, frame, as_mask=False)
+        return _read_slice(path, frame, reading)
 
 
-def read_mask(path: Path, frame: int | None = None) -> NDArray[np.int64]:
+def read_mask(path: Path, frame: int | None = None, *, reading: Reading = LPS) -> NDArray[np.int64]:
     """The raw label values of one mask, ``[H, W]``: palette indices stay indices, nothing is resampled or thresholded.
+
+    Volumes are turned and cut as ``reading`` says; a mask has no neighbouring slices and no window.
 
     Raises:
         DataError: as ``read_image``; also for a mask in colours, or with values that are not whole numbers.
     """
     with _reading(path):
-        raw = _read_slice(path, frame) if _is_volume(path) else _read_flat(path, frame, as_mask=True)
+        sliced = _is_sliced(path)
+        raw = _read_slice(path, frame, reading, as_mask=True) if sliced else _read_flat(path, frame, as_mask=True)
         if raw.ndim == 3:
             if (raw != raw[..., :1]).any():
                 raise DataError(
@@ -137,16 +175,18 @@ def read_mask(path: Path, frame: int | None = None) -> NDArray[np.int64]:
         return raw.astype(np.int64)
 
 
-def count_frames(path: Path) -> int | None:
-    """How many frames a volume or multi-page TIFF holds; None for a plain image.
+def count_frames(path: Path, *, reading: Reading = LPS) -> int | None:
+    """How many slices a volume has as ``reading`` cuts it, or how many pages a TIFF; None for a plain image.
 
     Raises:
         DataError: for a file that is missing or cannot be read.
     """
     with _reading(path):
-        if _is_volume(path):
-            size = _volume_size(path)
-            return size[2] if len(size) == 3 else None
+        if _is_sliced(path):
+            grid = _grid(path)
+            if len(grid.geometry.size) == 2 or not is_volume(path):
+                return None
+            return grid.geometry.size[2 - _cut(path, grid, reading).axes[0]]
         try:
             with _open(path) as image:
                 pages = _page_count(image)
@@ -157,37 +197,116 @@ def count_frames(path: Path) -> int | None:
         return pages if pages > 1 else None
 
 
-def check_image(path: Path, frame: int | None = None) -> tuple[int, int]:
+def check_image(path: Path, frame: int | None = None, *, reading: Reading = LPS) -> tuple[int, int]:
     """Decode an image as cheaply as still finds damage, and return its (height, width) as ``read_image`` would give it.
 
     Raises:
         DataError: as ``read_image``.
     """
     with _reading(path):
-        if not _is_volume(path) and frame is None and path.suffix.lower() in (".jpg", ".jpeg"):
+        if frame is None and path.suffix.lower() in (".jpg", ".jpeg"):
             with _open(path) as image:
                 width, height = image.size
                 turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
                 image.draft("L", (max(1, width // 8), max(1, height // 8)))  # reads all bytes, skips most arithmetic
                 image.load()
             return (width, height) if turned else (height, width)
-    height, width = read_image(path, frame).shape[:2]
+    height, width = read_image(path, frame, reading=reading).shape[:2]
     return height, width
 
 
-def read_volume(path: Path) -> tuple[NDArray[Any], Geometry]:
-    """All slices of a NIfTI, MHA or NRRD file.
+def pixel_spacing(path: Path, *, reading: Reading = LPS) -> tuple[float, float] | None:
+    """(row, column) distance in mm of the pixels that ``read_image`` gives; no pixel is decoded.
 
     Returns:
-        Voxels ``[Z, Y, X]``, read-only because a small cache shares them (copy before changing), and their geometry.
+        None where a file states none: PNG, JPEG, BMP and plain TIFF (their resolution is the printer's), DICOM without
+        calibration.
+
+    Raises:
+        DataError: as ``read_image``.
+    """
+    with _reading(path):
+        if not _is_sliced(path):
+            return _ome_spacing(path) if _is_tiff(path) else None
+        grid = _grid(path)
+        if not grid.spacing_known:
+            return None
+        cut = _cut(path, grid, reading)
+        sides = grid.geometry.spacing_mm[::-1]
+        return (sides[0], sides[1]) if len(sides) == 2 else (sides[cut.axes[1]], sides[cut.axes[2]])
+
+
+@dataclass(frozen=True)
+class OrientedVolume:
+    """A volume as a reading turns and cuts it, and the way back to the file's own grid: exchanges of axes and flips.
+
+    Attributes:
+        voxels: ``[slices, H, W]``, or ``[slices, H, W, 3]`` in colours; a read-only view of the cached voxels.
+        geometry: of the file as stored.
+        spacing_known: False where the file states no spacing; ``spacing_mm`` is then None.
+        in_space: False where the frames follow each other in time (a video clip): there is no third spacing.
+    """
+
+    voxels: NDArray[Any]
+    geometry: Geometry
+    spacing_known: bool
+    _cut: Slicing
+    in_space: bool = True
+
+    @property
+    def slices(self) -> int:
+        return len(self.voxels)
+
+    @property
+    def spacing_mm(self) -> tuple[float, float] | None:
+        """(row, column) distance of a slice's pixels in mm."""
+        if not self.spacing_known:
+            return None
+        sides = (*((1.0,) if len(self.geometry.size) == 2 else ()), *self.geometry.spacing_mm[::-1])
+        return sides[self._cut.axes[1]], sides[self._cut.axes[2]]
+
+    @property
+    def affine(self) -> NDArray[np.float64]:
+        """Homogeneous matrix from (column, row, slice) to physical position in mm (LPS); of a 2-D file, (x, y)."""
+        return self.geometry.affine if len(self.geometry.size) == 2 else self._cut.affine(self.geometry)
+
+    def labels_to_stored(self, labels: NDArray[Any]) -> NDArray[Any]:
+        """Anything ``[slices, H, W]`` on these slices as ``[Z, Y, X]`` on the file's own grid.
+
+        Raises:
+            ValueError: for another shape.
+        """
+        if labels.shape[:3] != self.voxels.shape[:3]:
+            raise ValueError(f"labels are {_shape(labels.shape)}; the slices are {_shape(self.voxels.shape[:3])}")
+        return np.ascontiguousarray(self._cut.undo(labels))
+
+
+def read_oriented(path: Path, reading: Reading = LPS) -> OrientedVolume:
+    """A volume, turned and cut as ``reading`` says; its neighbouring slices are not its channels yet.
+
+    Raises:
+        DataError: as ``read_volume``.
+    """
+    with _reading(path):
+        return _oriented(path, reading)
+
+
+def read_volume(path: Path) -> tuple[NDArray[Any], Geometry]:
+    """All slices of a NIfTI, MHA, NRRD or DICOM file, or of a folder that holds one DICOM series, as stored.
+
+    Returns:
+        Voxels ``[Z, Y, X]`` (DICOM: along the slices' normal, in the units of the rescale tags; ``[Z, Y, X, 3]`` for a
+        clip in colours), read-only because a small cache shares them (copy before changing), and their geometry.
 
     Raises:
         DataError: for a file that is missing, damaged, too large, or not a single-channel volume.
     """
     with _reading(path):
-        if not _is_volume(path):
-            raise DataError(f"{path}: is not a volume; accepted are {', '.join(VOLUME_SUFFIXES)}, convert it")
-        return _volume(path)
+        if not _is_sliced(path):
+            kinds = ", ".join(VOLUME_SUFFIXES)
+            raise DataError(f"{path}: is not a volume; accepted are {kinds} and DICOM, convert it")
+        volume = _volume(path)
+        return volume.voxels, volume.grid.geometry
 
 
 def write_volume(path: Path, array: NDArray[Any], geometry: Geometry) -> None:
@@ -198,7 +317,7 @@ def write_volume(path: Path, array: NDArray[Any], geometry: Geometry) -> None:
     """
     import SimpleITK
 
-    if not _is_volume(path):
+    if image_suffix(path) not in VOLUME_SUFFIXES:
         raise DataError(f"{path}: is not a volume's name; accepted are {', '.join(VOLUME_SUFFIXES)}")
     expected = (*((1,) if len(geometry.size) == 2 else ()), *reversed(geometry.size))
     if array.shape != expected:
@@ -212,7 +331,7 @@ def write_volume(path: Path, array: NDArray[Any], geometry: Geometry) -> None:
         try:
             SimpleITK.WriteImage(image, str(temporary), useCompression=not path.name.lower().endswith(".nii"))
         except RuntimeError as error:
-            raise OSError(_last_line(error)) from error
+            raise OSError(last_line(error)) from error
 
 
 def write_png(path: Path, array: NDArray[Any]) -> None:
@@ -235,11 +354,13 @@ def write_png(path: Path, array: NDArray[Any]) -> None:
 def _reading(path: Path) -> Iterator[None]:
     """Turn whatever goes wrong while reading into a DataError: decoders raise nearly anything on damaged bytes."""
     try:
-        if not path.is_file():
-            got = "is a folder, not a file" if path.is_dir() else "no such file"
-            raise DataError(f"{path}: {got}; check the path")
+        if path.is_dir():
+            if not dicom.holds_slices(path):
+                raise DataError(f"{path}: is a folder, and not one of DICOM slices; give a file")
+        elif not path.is_file():
+            raise DataError(f"{path}: no such file; check the path")
         yield
-    except DataError:
+    except LeafsegError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise DataError(
@@ -249,17 +370,19 @@ def _reading(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: the file does not fit into memory; cut it into tiles or shrink it") from error
     except UnidentifiedImageError as error:
         raise DataError(
-            f"{path}: is not an image that can be read; accepted are PNG, JPEG, TIFF, BMP, NIfTI, MHA and NRRD, "
-            "convert it or remove it"
+            f"{path}: is not an image that can be read; accepted are PNG, JPEG, TIFF, BMP, NIfTI, MHA, NRRD and "
+            "DICOM, convert it or remove it"
         ) from error
     except Exception as error:
         raise DataError(
-            f"{path}: cannot be read ({_last_line(error)}); the file may be damaged or cut off, copy or export it again"
+            f"{path}: cannot be read ({last_line(error)}); the file may be damaged or cut off, copy or export it again"
         ) from error
 
 
-def _is_volume(path: Path) -> bool:
-    return image_suffix(path) in VOLUME_SUFFIXES
+def _is_sliced(path: Path) -> bool:
+    """Whether a file is read as voxels with a grid, though a DICOM file may hold a single image."""
+    suffix = image_suffix(path)
+    return suffix in VOLUME_SUFFIXES or suffix in DICOM_SUFFIXES
 
 
 def _is_tiff(path: Path) -> bool:
@@ -396,67 +519,207 @@ def _upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
     return pixels
 
 
-def _volume_size(path: Path) -> tuple[int, ...]:
+class _Cache:
+    """The values read last, up to a number of bytes together; the newest is kept however large it is.
+
+    Threads that want the same value wait for one of them to read it.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._slots: dict[Hashable, _Slot] = {}  # oldest first
+
+    def get(self, key: Hashable, read: Callable[[], Volume]) -> Volume:
+        with self._lock:
+            slot = self._slots.pop(key, None) or _Slot()
+            self._slots[key] = slot
+        with slot.lock:
+            if slot.volume is None:
+                slot.volume = read()
+        with self._lock:
+            held = sum(slot.n_bytes for slot in self._slots.values())
+            for old in list(self._slots)[:-1]:
+                if held <= self._max_bytes:
+                    break
+                held -= self._slots.pop(old).n_bytes
+        return slot.volume
+
+
+@dataclass
+class _Slot:
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    volume: Volume | None = None
+
+    @property
+    def n_bytes(self) -> int:
+        return 0 if self.volume is None else self.volume.voxels.nbytes
+
+
+_volumes = _Cache(_MAX_CACHED_BYTES)
+
+
+def file_state(path: Path) -> Hashable:
+    """Changes when a file, or a file of a folder, is written: a key for what was read from it."""
+    if not path.is_dir():
+        status = path.stat()
+        return str(path), status.st_mtime_ns, status.st_size
+    with os.scandir(path) as entries:
+        found = [(entry.name, (status := entry.stat()).st_mtime_ns, status.st_size) for entry in entries]
+    return str(path), *sorted(found)
+
+
+def _volume(path: Path, *, window: bool = False, as_mask: bool = False) -> Volume:
+    if image_suffix(path) in VOLUME_SUFFIXES:
+        return _volumes.get(file_state(path), lambda: _read_with_itk(path))
+    return _volumes.get(
+        (file_state(path), window, as_mask), lambda: dicom.read_volume(path, window=window, as_mask=as_mask)
+    )
+
+
+def _grid(path: Path) -> Grid:
+    return Grid(_itk_geometry(path)[0]) if image_suffix(path) in VOLUME_SUFFIXES else dicom.read_grid(path)
+
+
+def _itk_geometry(path: Path) -> tuple[Geometry, int]:
+    """The grid that a header states, checked, and how many bytes its voxels take."""
     import SimpleITK
 
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)  # ITK would write to stderr beside the exception
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(str(path))
     reader.ReadImageInformation()
+    axes = len(reader.GetSize())
     size = tuple(int(side) for side in reader.GetSize())
     while len(size) > 3 and size[-1] == 1:  # NIfTI may state a time axis of one
         size = size[:-1]
     if len(size) not in (2, 3) or reader.GetNumberOfComponents() != 1:
         raise DataError(
-            f"{path}: the volume has {len(reader.GetSize())} axes and {reader.GetNumberOfComponents()} channels; one "
-            "channel and at most 3 axes are accepted, split it"
+            f"{path}: the volume has {axes} axes and {reader.GetNumberOfComponents()} channels; one channel and at "
+            "most 3 axes are accepted, split it"
         )
     if int(np.prod(size, dtype=object)) > MAX_VOXELS:
         raise DataError(f"{path}: the volume is {_shape(size)}; at most {MAX_VOXELS:,} voxels are read, crop it")
+    n = len(size)
+    direction = np.reshape(reader.GetDirection(), (axes, axes))[:n, :n]
+    geometry = Geometry(size, reader.GetSpacing()[:n], reader.GetOrigin()[:n], tuple(direction.ravel().tolist()))
+    check_geometry(path, geometry)
+    if image_suffix(path) in (".nii", ".nii.gz"):
+        _check_nifti(path, reader, n)
+    n_bytes = int(np.prod(size, dtype=object)) * _itk_voxel_bytes(reader)
+    held = path.stat().st_size * _MAX_DEFLATION
+    if n_bytes > held:
+        raise EOFError(f"{n_bytes:,} bytes of voxels, and the file can hold {held:,} at most")
     if path.name.lower().endswith(".nii"):
         # ITK fills what a cut-off NIfTI lacks with zeros and says nothing.
         voxels = int(np.prod([max(1, int(reader.GetMetaData(f"dim[{axis}]"))) for axis in range(1, 8)], dtype=object))
         expected = float(reader.GetMetaData("vox_offset")) + voxels * int(reader.GetMetaData("bitpix")) / 8
         if path.stat().st_size < expected:
             raise EOFError(f"{path.stat().st_size} of {expected:.0f} bytes")
-    return size
+    return geometry, n_bytes
 
 
-def _volume(path: Path) -> tuple[NDArray[Any], Geometry]:
-    status = path.stat()
-    return _cached_volume(str(path), status.st_mtime_ns, status.st_size)
+def _check_nifti(path: Path, reader: Any, axes: int) -> None:
+    """Refuse a grid that ITK would mend without a word: it reads a spacing of 0, NaN or infinity as 1 mm."""
+    with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as stream:
+        header = stream.read(76 + 4 * 8)
+    order = "<" if header[:4] == (348).to_bytes(4, "little") else ">"
+    if header[:4] in ((348).to_bytes(4, "little"), (348).to_bytes(4, "big")):  # NIfTI-1; NIfTI-2 is too rare to matter
+        spacing = np.frombuffer(header, f"{order}f4", axes, offset=80)
+        if not (np.isfinite(spacing).all() and (spacing != 0).all()):
+            sides = " x ".join(f"{side:g}" for side in spacing)
+            raise DataError(f"{path}: spacing is {sides} mm and must be positive; the header is damaged, mend it")
+    rows = " ".join(reader.GetMetaData(f"srow_{axis}") for axis in "xyz" if reader.HasMetaDataKey(f"srow_{axis}"))
+    if "nan" in rows or "inf" in rows:
+        raise DataError(
+            f"{path}: the matrix of its place in space (sform) is no number; the header is damaged, mend it"
+        )
 
 
-@lru_cache(maxsize=3)  # slices of one volume are asked for in turn; more would hold gigabytes
-def _cached_volume(name: str, modified_ns: int, n_bytes: int) -> tuple[NDArray[Any], Geometry]:
+def _itk_voxel_bytes(reader: Any) -> int:
     import SimpleITK
 
-    size = _volume_size(Path(name))
-    if name.lower().endswith(".gz"):
-        with gzip.open(name) as stream:  # raises on a cut-off or changed stream, which ITK would fill with zeros
-            while stream.read(2**20):
-                pass
-    image = SimpleITK.ReadImage(name)
-    if image.GetDimension() > 3:
-        image = image[:, :, :, 0] if image.GetDimension() == 4 else SimpleITK.Extract(image, [*size, 0, 0])
+    name = SimpleITK.GetPixelIDValueAsString(reader.GetPixelID())
+    return next((int(bits) // 8 for bits in ("64", "32", "16", "8") if bits in name), 8)
+
+
+def _read_with_itk(path: Path) -> Volume:
+    import SimpleITK
+
+    geometry, n_bytes = _itk_geometry(path)
+    if path.name.lower().endswith(".gz"):
+        _check_gzip(path, n_bytes)
+    image = SimpleITK.ReadImage(str(path))
     voxels = SimpleITK.GetArrayFromImage(image)
-    if voxels.ndim == 2:
-        voxels = voxels[None]
+    voxels = voxels.reshape((*((1,) if len(geometry.size) == 2 else ()), *reversed(geometry.size)))
     voxels.flags.writeable = False
-    return voxels, Geometry(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
+    return Volume(voxels, Grid(geometry))
 
 
-def _read_slice(path: Path, frame: int | None) -> NDArray[Any]:
-    voxels, _ = _volume(path)
-    chosen: NDArray[Any] = voxels[_check_frame(path, frame, len(voxels))].copy()
-    return chosen
+def _check_gzip(path: Path, n_bytes: int) -> None:
+    """Read a file to its end: that raises on a cut-off or changed stream, which ITK would fill with zeros."""
+    beyond = n_bytes + 2**24  # the header and its extensions
+    with gzip.open(path) as stream:
+        while chunk := stream.read(2**20):
+            beyond -= len(chunk)
+            if beyond < 0:
+                raise DataError(
+                    f"{path}: unpacks to more than the {n_bytes:,} bytes that its header states; write the file again"
+                )
+
+
+def _oriented(path: Path, reading: Reading, *, as_mask: bool = False) -> OrientedVolume:
+    volume = _volume(path, window=reading.dicom_window and not as_mask, as_mask=as_mask)
+    grid, cut = volume.grid, _cut(path, volume.grid, reading)
+    return OrientedVolume(cut.apply(volume.voxels), grid.geometry, grid.spacing_known, cut, grid.in_space)
+
+
+def _cut(path: Path, grid: Grid, reading: Reading) -> Slicing:
+    """A single image, or a clip, is not turned: its frames are the only ones that there are."""
+    return slicing(grid.geometry, reading) if grid.in_space and is_volume(path) else Slicing()
+
+
+def _read_slice(path: Path, frame: int | None, reading: Reading, *, as_mask: bool = False) -> NDArray[Any]:
+    volume = _oriented(path, reading, as_mask=as_mask)
+    index = _check_frame(path, frame, volume.slices)
+    if not reading.neighbouring_slices or as_mask or not is_volume(path) or len(volume.geometry.size) == 2:
+        return volume.voxels[index].copy()
+    if volume.voxels.ndim == 4:
+        raise DataError(
+            f"{path}: the frames are in colours, which leaves no channels for data.preprocessing.neighbouring_slices; "
+            "leave that setting out"
+        )
+    around = (max(index - 1, 0), index, min(index + 1, volume.slices - 1))
+    return np.stack([volume.voxels[i] for i in around], axis=-1)
+
+
+_OME_UNIT_MM = {"km": 1e6, "m": 1e3, "dm": 100.0, "cm": 10.0, "mm": 1.0, "µm": 1e-3, "um": 1e-3, "nm": 1e-6}
+
+
+def _ome_spacing(path: Path) -> tuple[float, float] | None:
+    """The physical size that the metadata of an OME-TIFF states; without a unit it is in micrometres."""
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            text = tiff.ome_metadata
+    except tifffile.TiffFileError as error:
+        raise UnidentifiedImageError from error
+    if not text:
+        return None
+    image = tifffile.xml2dict(text).get("OME", {}).get("Image", {})
+    pixels = (image[0] if isinstance(image, list) else image).get("Pixels", {})
+    sides = []
+    for axis in ("Y", "X"):
+        size = pixels.get(f"PhysicalSize{axis}")
+        unit = _OME_UNIT_MM.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
+        if size is None or unit is None:
+            return None
+        sides.append(float(size) * unit)
+    if not all(np.isfinite(side) and side > 0 for side in sides):
+        raise DataError(f"{path}: its OME metadata state pixels of {sides[0]:g} x {sides[1]:g} mm; correct them")
+    return sides[0], sides[1]
 
 
 def _shape(shape: tuple[int, ...]) -> str:
     return "x".join(str(side) for side in shape)
-
-
-def _last_line(error: BaseException) -> str:
-    """ITK's exceptions span many lines; the last one says what happened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

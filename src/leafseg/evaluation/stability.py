@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from leafseg import rng
-from leafseg.data.images import read_image, read_mask
-from leafseg.data.manifest import Manifest, Sample, load_manifest
+from leafseg.data.images import read_image
+from leafseg.data.manifest import Manifest, Sample, load_manifest, read_labels
 from leafseg.errors import CheckpointError, ConfigError, DataError
 from leafseg.evaluation.calibration import Reliability, pooled, reliability
 from leafseg.evaluation.intervals import bootstrap_mean
@@ -258,9 +258,9 @@ def measure_stability(
         for model in compared:
             pipeline = load_segmenter(model.source).pipeline
             for sample in manifest.samples:
-                image, truth = _read(sample, manifest)
+                _, truth = _read(sample, manifest)
                 for count in steps:
-                    found = _segment_and_compare(pipeline, sample, image, truth, count, noise_seeds)
+                    found = _segment_and_compare(pipeline, sample, truth, count, noise_seeds)
                     rows.append(_row(model.name, count, sample, truth, found))
                     binned.setdefault((model.name, count), []).append((found.draws, found.mean))
                 bar.advance(model.name)
@@ -311,7 +311,9 @@ def load_shared_manifest(
     manifests: dict[str, Manifest] = {}
     known: dict[tuple[str, bytes], str] = {}
     for model, (settings, stored) in sources.items():
-        reading = settings.model_dump_json(include={"foreground_labels", "mask_threshold"})
+        reading = settings.model_dump_json(
+            include={"foreground_labels", "mask_threshold", "label_names", "ignore_label"}
+        )
         split = stored.read_bytes() if stored is not None and split_file is None else b""
         if (reading, split) in known:
             continue
@@ -399,10 +401,13 @@ def _compared_models(models: Mapping[str, str], manifest: Manifest, steps: Seque
 
 def _read(sample: Sample, manifest: Manifest) -> tuple[NDArray[Any], Tensor]:
     """Pixels as read, and the truth, bool ``[H, W]``."""
-    if sample.mask is None:
-        raise DataError(f"{sample.image}: no mask; stability is measured on images with masks")
-    image = read_image(sample.image, sample.frame)
-    truth = manifest.label_map.apply(read_mask(sample.mask, sample.mask_frame), source=str(sample.mask))
+    if manifest.label_map.overlapping or manifest.label_map.ignore is not None:
+        raise DataError(
+            f"{manifest.root}: the masks are a file a label, or data.ignore_label is set; stability is measured on one "
+            "mask an image that labels every pixel"
+        )
+    image = read_image(sample.image, sample.frame, reading=manifest.reading)
+    truth = read_labels(sample, manifest.label_map, reading=manifest.reading)
     if truth.shape != image.shape[:2]:
         raise DataError(
             f"{sample.mask}: mask is {truth.shape[1]}x{truth.shape[0]}, image is {image.shape[1]}x{image.shape[0]}; "
@@ -414,14 +419,13 @@ def _read(sample: Sample, manifest: Manifest) -> tuple[NDArray[Any], Tensor]:
 def _segment_and_compare(
     pipeline: LeafPipeline,
     sample: Sample,
-    image: NDArray[Any],
     truth: Tensor,
     steps: int,
     noise_seeds: Sequence[int],
 ) -> DrawStatistics:
+    image = pipeline.preprocessor.read(sample.image, sample.frame)[None]
     height, width = pipeline.preprocessor.settings.size
-    down = 2 ** (len(pipeline.vae.config["block_out_channels"]) - 1)
-    shape = (int(pipeline.unet.config["out_channels"]), height // down, width // down)
+    shape = pipeline.latent_shape((truth.shape[0], truth.shape[1]))
     at_once = max(1, min(_MAX_INPUT_PIXELS // (height * width), _MAX_OUTPUT_PIXELS // truth.numel()))
 
     def draws() -> Iterator[tuple[Tensor, Tensor]]:
@@ -522,7 +526,7 @@ def find_disagreements(result: Stability, manifest: Manifest) -> list[Disagreeme
             for example in examples:
                 sample, truth = samples[example.name], torch.from_numpy(example.truth)
                 for steps in shown:
-                    found = _segment_and_compare(pipeline, sample, example.image, truth, steps, result.noise_seeds)
+                    found = _segment_and_compare(pipeline, sample, truth, steps, result.noise_seeds)
                     example.votes[model.name, steps] = found.votes
                 bar.advance()
             del pipeline  # one at a time in memory

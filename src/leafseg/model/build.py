@@ -78,20 +78,25 @@ def build_unet(settings: Settings, *, latent_channels: int, num_pictures: int) -
 
 
 def build_components(
-    settings: Settings, *, label_names: tuple[str, ...] = ("background", "foreground"), with_weights: bool = True
+    settings: Settings,
+    *,
+    label_names: tuple[str, ...] = ("background", "foreground"),
+    overlapping: bool = False,
+    with_weights: bool = True,
 ) -> Components:
     """All parts of the inference model, initialised for training.
 
     Args:
         settings: the preset or run settings.
-        label_names: names of the classes, background first.
+        label_names: names of the classes, background first; of overlapping labels, no background.
+        overlapping: whether a pixel may have several labels.
         with_weights: False leaves the autoencoder at random weights (to count, or to load others over it).
 
     Raises:
         ConfigError: if the layout cannot be built, or the mask code cannot write these labels.
         CheckpointError: if the autoencoder's weights are missing or damaged.
     """
-    code = make_mask_code(settings.model.mask_code, label_names)
+    code = make_mask_code(settings.model.mask_code, label_names, overlapping=overlapping)
     make = build_autoencoder if with_weights else new_autoencoder
     autoencoder = make(settings.model.autoencoder).eval().requires_grad_(False)
     return Components(
@@ -139,11 +144,12 @@ def model_figures(
     *,
     size: tuple[int, int] | None = None,
     label_names: tuple[str, ...] = ("background", "foreground"),
+    overlapping: bool = False,
 ) -> ModelFigures:
     """Count without memory or weights: the parts are built on the meta device."""
     height, width = size or settings.data.preprocessing.size
     with torch.device("meta"):
-        parts = build_components(settings, label_names=label_names, with_weights=False)
+        parts = build_components(settings, label_names=label_names, overlapping=overlapping, with_weights=False)
         image = torch.empty(1, 3, height, width)
         down = settings.model.stride // settings.model.unet.stride
         z = settings.model.autoencoder.latent_channels

@@ -16,11 +16,11 @@ from torch.utils.data import Dataset
 from leafseg import rng
 from leafseg.config import AugmentationSettings, AutoencoderSettings, AutoencoderTrainingSettings
 from leafseg.data.dataset import SegmentationDataset
-from leafseg.data.manifest import Manifest
+from leafseg.data.manifest import IGNORE, Manifest
 from leafseg.data.transforms import Preprocessor
 from leafseg.errors import ConfigError, DataError
 from leafseg.evaluation.round_trip import AUTOENCODER_FOLDER, mask_round_trip_dice
-from leafseg.mask_code import BinaryMaskCode
+from leafseg.mask_code import BinaryMaskCode, foreground
 from leafseg.model.autoencoder import new_autoencoder
 from leafseg.model.recompute import recompute_activations
 from leafseg.objective import pixel_loss
@@ -97,10 +97,23 @@ class AutoencoderDataset(Dataset[dict[str, Any]]):
             if choice < settings.synthetic_share + settings.image_share:
                 kind, picture = _IMAGE, sample["image"]
             else:
-                kind, picture = _MASK, (sample["labels"] > 0).float()[None].expand(3, -1, -1)
+                plane = _one_class(sample["labels"], draws).float()
+                kind, picture = _MASK, plane[None].expand(3, -1, -1)
             y, x = (int(v * (side - crop + 1)) for v, side in zip((top, left), picture.shape[1:], strict=True))
             picture = picture[:, y : y + crop, x : x + crop]
         return {"picture": picture * 2 - 1, "kind": kind, "position": position}
+
+
+def _one_class(labels: Tensor, generator: np.random.Generator) -> Tensor:
+    """Bool ``[H, W]``: a random class of labels ``[H, W]``, or label of bool ``[C, H, W]``; all of it if there is one.
+
+    A code for several classes draws each by itself, so that the autoencoder must know their shapes, not the union's.
+    """
+    if labels.ndim == 3:
+        return labels[int(generator.integers(len(labels)))]
+    classes = [value for value in labels.unique().tolist() if value not in (0, IGNORE)]
+    # No draw where there is nothing to choose: binary data keep the samples that they always had.
+    return labels == (classes[int(generator.integers(len(classes)))] if len(classes) > 1 else max(classes, default=1))
 
 
 class AutoencoderTask:
@@ -187,7 +200,7 @@ class AutoencoderTask:
         return rows
 
     def _round_trip(self, dataset: SegmentationDataset, index: int) -> float | None:
-        labels = dataset[0, index]["labels"][None].to(self._device)
+        labels = foreground(dataset[0, index]["labels"][None].to(self._device))
         if not labels.any():
             return None
         if self._autocast is None:
@@ -211,8 +224,10 @@ class AutoencoderTask:
             for dataset in self._plain_training:
                 for index in range(0, len(dataset), max(1, len(dataset) // self.settings.statistics_samples)):
                     labels = dataset[0, index]["labels"][None]
-                    if labels.any():
-                        codes.append(stored.encode(self.code.encode(labels)).latent_dist.mode()[0].flatten(1))
+                    if foreground(labels).any():
+                        codes.append(
+                            stored.encode(self.code.encode(foreground(labels))).latent_dist.mode()[0].flatten(1)
+                        )
         values = torch.cat(codes, 1)
         stored.register_to_config(
             latents_mean=[round(v, 6) for v in values.mean(1).tolist()],

@@ -76,11 +76,18 @@ class DryRun:
         return self.preparation_seconds + self.steps * self.step_seconds + self.validations * self.validation_seconds
 
 
-def dry_run(settings: Settings, data: Path, *, split_file: Path | None = None, init_from: str | None = None) -> DryRun:
+def dry_run(
+    settings: Settings,
+    data: Path,
+    *,
+    split_file: Path | None = None,
+    fold: int | None = None,
+    init_from: str | None = None,
+) -> DryRun:
     """Build everything, train on a few batches and validate on one image, and forget it all.
 
     Args:
-        settings, data, split_file, init_from: as :func:`leafseg.training.run.run_training` takes them.
+        settings, data, split_file, fold, init_from: as :func:`leafseg.training.run.run_training` takes them.
 
     Raises:
         LeafsegError: in one sentence, for anything that would end the training at its start.
@@ -92,7 +99,7 @@ def dry_run(settings: Settings, data: Path, *, split_file: Path | None = None, i
     # Features go to a folder that is thrown away, and only those of the batches that are tried.
     settings = settings.model_copy(update={"teacher": settings.teacher.model_copy(update={"cache_dir": None})})
     with progress_bar("dry run", total=4) as bar, tempfile.TemporaryDirectory(prefix="leafseg-dry-run-") as place:
-        manifest = load_manifest(data, settings=settings.data, split_file=split_file)
+        manifest = load_manifest(data, settings=settings.data, split_file=split_file, fold=fold)
         bar.advance("data")
         start = LeafPipeline.from_pretrained(init_from) if init_from is not None else None
         task = LeafTask(settings, manifest, init_from=start, fill_cache=False)

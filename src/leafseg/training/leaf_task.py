@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from leafseg import rng
 from leafseg.config import Settings
 from leafseg.data.dataset import SegmentationDataset
-from leafseg.data.manifest import Manifest
+from leafseg.data.manifest import IGNORE, Manifest
 from leafseg.data.transforms import Preprocessor, augment_grid, unpack_augmentation
 from leafseg.errors import CheckpointError, DataError
 from leafseg.evaluation.evaluate import evaluate_samples, input_grid_pipeline, selection_score
@@ -31,6 +31,7 @@ from leafseg.model_folder import round_weights, save_model_folder
 from leafseg.objective import (
     add_noise,
     alignment_loss,
+    known_cells,
     latent_loss,
     pixel_loss,
     predicted_sample,
@@ -101,11 +102,14 @@ class LeafTask:
         needed = [("train", self._train)]
         if settings.training.validates:
             needed.append((selection, self._validation))
+        folds = any(sample.fold is not None for sample in manifest.samples)
+        remedy = (
+            "choose one of its folds with --fold" if folds else "add images, or give a split file with --split-file"
+        )
         for name, part in needed:
             if not len(part):
                 raise DataError(
-                    f"{manifest.root}: no sample falls into the {name} part ({len(manifest)} in all); add images, or "
-                    "give a split file with --split-file"
+                    f"{manifest.root}: no sample falls into the {name} part ({len(manifest)} in all); {remedy}"
                 )
         if selection == "test":
             log.warning(
@@ -114,7 +118,9 @@ class LeafTask:
             )
         # Seeded here, so that the same settings start from the same weights in every process.
         torch.manual_seed(rng.torch_seed(settings.training.seed, "initial-weights", 0))
-        self.parts = build_components(settings, label_names=manifest.label_map.names)
+        labels = manifest.label_map
+        self.parts = build_components(settings, label_names=labels.names, overlapping=labels.overlapping)
+        self._ignores = labels.ignore is not None
         if settings.model.autoencoder.weights is None and init_from is None:
             log.warning(
                 "model.autoencoder.weights is not set: the autoencoder is random and cannot carry masks; name a folder "
@@ -127,6 +133,7 @@ class LeafTask:
             augmentation=settings.data.augmentation,
             seed=settings.training.seed,
             cache_mb=settings.data.cache_mb,
+            foreground_tiles=settings.data.foreground_tiles,
         )
         if init_from is not None:
             self._start_from(init_from)
@@ -210,8 +217,12 @@ class LeafTask:
     def loss(self, forward: nn.Module, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
         goal = self.settings.objective
         images = (batch["image"] * 2 - 1).to(memory_format=torch.channels_last)
+        labels, known = batch["labels"], None
+        if self._ignores:  # drawn as background, for something must be drawn, and left out of the loss
+            known = labels != IGNORE
+            labels = labels.where(known, 0)
         with torch.no_grad(), self._autocasting():
-            mask_latent = encode_pictures(self.parts.autoencoder, self.parts.mask_code.encode(batch["labels"])).float()
+            mask_latent = encode_pictures(self.parts.autoencoder, self.parts.mask_code.encode(labels)).float()
         noise, timesteps, terminal = self._draw(batch["position"], mask_latent.shape[1:], seed)
 
         alpha_bar = self._alpha_bar[timesteps]
@@ -221,7 +232,8 @@ class LeafTask:
         prediction, tokens = forward(images, noisy, timesteps)
         prediction = prediction.float()
         target = prediction_target(mask_latent, noise, alpha_bar, goal.prediction_type)
-        parts = {"prediction": latent_loss(prediction, target)}
+        cells = None if known is None else known_cells(known, (target.shape[2], target.shape[3]))
+        parts = {"prediction": latent_loss(prediction, target, known=cells)}
         loss = parts["prediction"]
         if tokens is not None:
             # The whole batch's size, however it is cut into micro-batches and processes.
@@ -235,7 +247,7 @@ class LeafTask:
             with self._autocasting():
                 decoded = decode_pictures(self.parts.autoencoder, sample)
             logits = self.parts.mask_code.logits(decoded.float())
-            parts["pixel"] = pixel_loss(logits, batch["labels"], exclusive=self.parts.mask_code.exclusive)
+            parts["pixel"] = pixel_loss(logits, labels, exclusive=self.parts.mask_code.exclusive, known=known)
             loss = loss + goal.pixel_weight * parts["pixel"]
         return {"loss": loss, **parts}
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import shlex
 from importlib.metadata import version
 from pathlib import Path
 
 from leafseg.config import Settings
-from leafseg.data.manifest import load_manifest, save_split
-from leafseg.errors import ConfigError
+from leafseg.data.manifest import Manifest, load_manifest, save_split
+from leafseg.data.validate import DataCheck, check_data
+from leafseg.errors import ConfigError, DataError
+from leafseg.files import write_json_atomic
 from leafseg.pipeline import LeafPipeline
 from leafseg.predict import out_is_usable
 from leafseg.progress import progress_bar
@@ -16,6 +20,11 @@ from leafseg.training.leaf_task import LeafTask
 from leafseg.training.trainer import TrainingResult
 from leafseg.training.trainer import train as run_loop
 
+log = logging.getLogger(__name__)
+
+CHECK_FILE = "data_check.json"
+_SHOWN_ERRORS = 3
+
 
 def run_training(
     settings: Settings,
@@ -23,6 +32,8 @@ def run_training(
     out: Path,
     *,
     split_file: Path | None = None,
+    fold: int | None = None,
+    check: bool = False,
     resume: bool = False,
     init_from: str | None = None,
     stop_after: int | None = None,
@@ -34,6 +45,9 @@ def run_training(
         data: folder with ``images/`` and ``masks/``, or a CSV manifest.
         out: the run's folder.
         split_file: a stored split; default: the run's own when resuming, else the data's.
+        fold: of a split file with folds, the one that validates.
+        check: look for more than what makes the data unreadable, and store it as ``data_check.json``; errors stop, and
+            warnings are logged. A run that has begun is not checked again.
         resume: continue the run if it has begun.
         init_from: start from this model's weights (fine-tuning).
         stop_after: save and stop after this step.
@@ -47,9 +61,14 @@ def run_training(
     run_split = stored if is_run(out) and stored.is_file() else None  # files added since stay out
     if is_main_process():
         out_is_usable(out)
-    with progress_bar("reading data", total=1) as bar:
-        manifest = load_manifest(data, settings=settings.data, split_file=split_file, run_split=run_split)
-        bar.advance()
+    done = None
+    if check and not is_run(out):
+        done, manifest = _checked(settings, data, split_file=split_file, fold=fold)
+    else:
+        with progress_bar("reading data", total=1) as bar:
+            manifest = load_manifest(
+                data, settings=settings.data, split_file=split_file, fold=fold, run_split=run_split, progress=bar.reach
+            )
 
     source = init_from
     if init_from is not None and checkpoint_steps(out):
@@ -60,10 +79,13 @@ def run_training(
     task = LeafTask(settings, manifest, init_from=LeafPipeline.from_pretrained(source) if source is not None else None)
     if is_main_process():
         save_split(manifest, out / SPLIT_FILE)
+        if done is not None:
+            write_json_atomic(out / CHECK_FILE, done.as_json())
     record = {
         **task.record(),
         "init_from": init_from,
         "split_sha256": manifest.split_sha256,
+        "fold": fold,
         "samples": {name: len(manifest.part(name)) for name in ("train", "validation", "test")},
         "versions": library_versions(),
     }
@@ -76,6 +98,24 @@ def run_training(
         resume=resume,
         stop_after=stop_after,
     )
+
+
+def _checked(
+    settings: Settings, data: Path, *, split_file: Path | None, fold: int | None
+) -> tuple[DataCheck, Manifest]:
+    with progress_bar("checking data", total=1) as bar:
+        done = check_data(data, settings=settings.data, split_file=split_file, fold=fold, progress=bar.reach)
+    if done.manifest is None:
+        errors = [finding.message for finding in done.findings if finding.severity == "error"]
+        said = "; ".join(errors[:_SHOWN_ERRORS])
+        more = f"; and {len(errors) - _SHOWN_ERRORS} more kinds of error" if len(errors) > _SHOWN_ERRORS else ""
+        where = "" if said.startswith(str(data)) else f"{data}: "
+        raise DataError(f"{where}{said}{more} (`leafseg data check {shlex.quote(str(data))}` lists every case)")
+    for finding in done.findings:
+        if finding.severity == "warning":
+            log.warning("warning: %s: %s", finding.id, finding.message)
+    log.info("%s", done.summary())
+    return done, done.manifest
 
 
 def library_versions() -> dict[str, str]:

@@ -1,0 +1,134 @@
+"""Several models as one: the mean of their probabilities, and the labels that follow from it.
+
+An ensemble is a folder with ``ensemble.json``: ``{"models": ["fold-0", ...]}``, paths relative to it or hub ids.
+``leafseg crossval`` writes one; any other is written by hand.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from leafseg.config import PreprocessingSettings
+from leafseg.data.manifest import read_csv
+from leafseg.errors import CheckpointError
+from leafseg.files import read_json
+from leafseg.predict import PipelineSegmenter, Segmentation, Segmenter, load_segmenter
+from leafseg.runs import ENSEMBLE_FILE, SPLIT_FILE, is_ensemble, run_of
+
+log = logging.getLogger(__name__)
+
+
+class EnsembleSegmenter:
+    """Segmenters of equal labels and preprocessing as one.
+
+    Args:
+        segmenters: at least one; all stay in memory.
+        names: of the models, for the error.
+
+    Raises:
+        CheckpointError: if they differ in labels or preprocessing.
+    """
+
+    def __init__(self, segmenters: Sequence[Segmenter], *, names: Sequence[str] | None = None) -> None:
+        if not segmenters:
+            raise CheckpointError("an ensemble needs at least one model; name one")
+        self.segmenters = tuple(segmenters)
+        names = names or [f"model {number}" for number in range(len(segmenters))]
+        first = segmenters[0]
+        for name, other in zip(names, segmenters, strict=True):
+            if (other.label_names, other.overlapping) != (first.label_names, first.overlapping):
+                raise CheckpointError(
+                    f"{name}: its labels are {', '.join(other.label_names)}, those of {names[0]} are "
+                    f"{', '.join(first.label_names)}; the models of an ensemble share them, leave one out"
+                )
+            if changed := _differences(first.preprocessing, other.preprocessing):
+                raise CheckpointError(
+                    f"{name}: its preprocessing is another than that of {names[0]} ({'; '.join(changed)}); the models "
+                    "of an ensemble share it, leave one out"
+                )
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return self.segmenters[0].label_names
+
+    @property
+    def overlapping(self) -> bool:
+        return self.segmenters[0].overlapping
+
+    @property
+    def preprocessing(self) -> PreprocessingSettings:
+        return self.segmenters[0].preprocessing
+
+    def read(self, path: Path, frame: int | None = None) -> NDArray[Any] | Tensor:
+        return self.segmenters[0].read(path, frame)
+
+    def segment(self, images: Sequence[NDArray[Any] | Tensor]) -> list[Segmentation]:
+        sums: list[NDArray[np.float32]] = []
+        for segmenter in self.segmenters:
+            found = [result.probability for result in segmenter.segment(images)]
+            sums = [total + one for total, one in zip(sums, found, strict=True)] if sums else found
+        return [self._labelled(total / np.float32(len(self.segmenters))) for total in sums]
+
+    def _labelled(self, probability: NDArray[np.float32]) -> Segmentation:
+        """The rules of the mask codes (:mod:`leafseg.mask_code`) for a probability ``[C, H, W]``."""
+        if self.overlapping:
+            return Segmentation(probability, None)
+        if len(probability) == 1:
+            return Segmentation(probability, (probability[0] > 0.5).astype(np.uint8))
+        return Segmentation(probability, probability.argmax(0).astype(np.uint8))
+
+
+def _differences(one: PreprocessingSettings, other: PreprocessingSettings) -> list[str]:
+    mine, theirs = one.model_dump(), other.model_dump()
+    return [f"{name} is {theirs[name]} and {mine[name]}" for name in mine if mine[name] != theirs[name]]
+
+
+def ensemble_models(folder: Path) -> list[str]:
+    """The models of an ensemble's folder, as names to load.
+
+    Raises:
+        DataError: if its file cannot be read.
+        CheckpointError: if it lists no models.
+    """
+    path = folder / ENSEMBLE_FILE
+    models = read_json(path).get("models")
+    if not isinstance(models, list) or not models or not all(isinstance(model, str) and model for model in models):
+        raise CheckpointError(f"{path}: lists no models; it holds {{'models': [PATH, ...]}} as JSON, correct it")
+    return [str(folder / model) if (folder / model).exists() else model for model in models]
+
+
+def load_ensemble(folder: Path, **options: Any) -> EnsembleSegmenter:
+    """All models of an ensemble; ``options`` are those of :func:`leafseg.predict.load_segmenter`.
+
+    Raises:
+        CheckpointError: if a model cannot be loaded, or they do not go together.
+    """
+    models = ensemble_models(folder)
+    return EnsembleSegmenter([load_segmenter(model, **options) for model in models], names=models)
+
+
+def split_of_ensemble(folder: Path) -> Path | None:
+    """The split that an ensemble's test part follows from: its own (``leafseg crossval``), else the first model's.
+
+    Warns if the models' test parts differ: then one of them may have been trained on what is tested.
+    """
+    if (folder / SPLIT_FILE).is_file():
+        return folder / SPLIT_FILE
+    runs = [run for model in ensemble_models(folder) if (run := run_of(Path(model))) is not None]
+    splits = [run / SPLIT_FILE for run in runs if (run / SPLIT_FILE).is_file()]
+    tested = {frozenset(row.get("sha256") for row in read_csv(path) if row.get("part") == "test") for path in splits}
+    if len(tested) > 1:
+        log.warning("%s: its models have different test parts; figures on them are optimistic", folder)
+    return splits[0] if splits else None
+
+
+def load_model(model: str, **options: Any) -> PipelineSegmenter | EnsembleSegmenter:
+    """An ensemble's folder, or whatever :func:`leafseg.predict.load_segmenter` takes."""
+    return load_ensemble(Path(model), **options) if is_ensemble(Path(model)) else load_segmenter(model, **options)

@@ -1,0 +1,1 @@
+"""What a segmentation is written as: label maps, volumes, DICOM-SEG, contours. Knows no model."""
