@@ -210,9 +210,9 @@ def page(record: dict[str, Any]) -> str:
         lines.append(f"| {grid} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "NIfTI holds its matrix in 32-bit numbers, which rounds places some hundred mm from the origin to about 2e-5 mm.",
-        "DICOM holds decimal numbers of at most 16 characters. A DICOM series has no left-handed grid: its slices are",
-        "sorted along their normal (-).",
+        "NIfTI holds its matrix in 32-bit numbers, which rounds places some hundred mm from the origin to about 2e-5",
+        "mm. DICOM holds decimal numbers of at most 16 characters. A DICOM series has no left-handed grid: its slices",
+        "are sorted along their normal (-).",
         "",
     ]
     return "\n".join(lines)

@@ -62,6 +62,21 @@ def accuracy() -> list[str]:
     rows = [
         [
             run["data"],
+            str(run["seed"]),
+            label,
+            f"{figures['images'] - figures['empty']} + {figures['empty']} without it",
+            *[interval(figures.get(metric)) for metric in ("dice", "iou", "precision", "recall", "hd95")],
+            figures.get("distance_unit", ""),
+        ]
+        for run in runs
+        if run["data"] not in EXPECTED
+        for label, figures in run["test"].items()
+    ]
+    head = ["data", "seed", "class", "test images", "Dice", "IoU", "precision", "recall", "HD95", "unit of HD95"]
+    text += table(head, rows or [["wbc", *[MISSING] * 9]])
+    rows = [
+        [
+            run["data"],
             str(run["steps"]),
             str(run["best_step"]),
             f"{run['wall_seconds'] / 60:.1f}",

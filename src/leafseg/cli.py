@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -898,6 +899,7 @@ def main() -> None:
     logging.getLogger("leafseg").setLevel(logging.INFO if is_main_process() else logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns at its import of kernels that nobody asked for
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # lists a damaged file's tags before it raises
+    warnings.filterwarnings("ignore", module=r"(PIL|pydicom|tifffile)\b")  # so do Pillow and pydicom
     try:
         app()
     except LeafsegError as error:

@@ -37,8 +37,8 @@ class PreprocessingSettings(SettingsModel):
     )
     fit: Literal["stretch", "pad", "tile"] = Field(
         "stretch",
-        description="stretch to size; keep the aspect ratio and pad; or tile: no resizing, the network sees overlapping "
-        "tiles of this size at the image's own resolution",
+        description="stretch to size; keep the aspect ratio and pad; or tile: no resizing, the network sees "
+        "overlapping tiles of this size at the image's own resolution",
     )
     tile_overlap: float = Field(
         0.25, ge=0, lt=1, description="with fit tile: share of a tile that its neighbour repeats"
@@ -59,8 +59,8 @@ class PreprocessingSettings(SettingsModel):
     )
     orientation: Literal["LPS", "stored"] = Field(
         "LPS",
-        description="axes that volumes are turned and flipped to before slicing, without resampling; stored: as they lie "
-        "in the file",
+        description="axes that volumes are turned and flipped to before slicing, without resampling; stored: as they "
+        "lie in the file",
     )
     slice_axis: Literal["z", "y", "x"] = Field(
         "z", description="volumes are cut across this axis of the orientation; z gives axial slices in LPS"

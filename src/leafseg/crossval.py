@@ -24,7 +24,7 @@ from leafseg.errors import ConfigError, DataError
 from leafseg.evaluation.evaluate import EvaluationRow, VolumeRow, evaluate, summarise
 from leafseg.files import read_json, write_json_atomic, write_text_atomic
 from leafseg.predict import Segmenter, load_segmenter, out_is_usable
-from leafseg.runs import ENSEMBLE_FILE, RUN_FILE, SPLIT_FILE, checkpoint_folder, checkpoint_steps
+from leafseg.runs import ENSEMBLE_FILE, RUN_FILE, SPLIT_FILE, checkpoint_folder, checkpoint_steps, model_sha256
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,9 @@ def run_crossval(
     manifest = _manifest(settings, data, out, split_file)
     numbers = sorted({sample.fold for sample in manifest.samples if sample.fold is not None})
     if settings.teacher.cache_dir is None:  # features do not depend on the fold
-        settings = override_settings(settings, [f"teacher.cache_dir={out / 'features'}"])
+        # Not as an override: a folder's name may hold what YAML takes for syntax.
+        teacher = settings.teacher.model_copy(update={"cache_dir": str(out / "features")})
+        settings = settings.model_copy(update={"teacher": teacher})
     folds: list[Fold] = []
     for number in numbers:
         run, mine = out / f"fold-{number}", _of_fold(manifest, number)
@@ -159,7 +161,7 @@ def run_crossval(
         summary, rows, volumes = _measured(
             run / "evaluation-held-out",
             held_out,
-            {"steps": steps, "inference_steps": inference_steps},
+            {"models": [model_sha256(str(checkpoint))], "inference_steps": inference_steps},
             partial(load_segmenter, str(checkpoint), num_inference_steps=inference_steps),
         )
         folds.append(Fold(number, steps, checkpoint, len(held_out), summary, rows, volumes))
@@ -178,7 +180,10 @@ def run_crossval(
         test, tested, _ = _measured(
             out / "evaluation-test",
             part,
-            {"steps": [fold.steps for fold in folds], "inference_steps": inference_steps},
+            {
+                "models": [model_sha256(str(fold.checkpoint)) for fold in folds],
+                "inference_steps": inference_steps,
+            },
             partial(load_ensemble, out, num_inference_steps=inference_steps),
         )
     write_text_atomic(out / "per_image.csv", _table([*((str(f.number), f.rows) for f in folds), ("ensemble", tested)]))

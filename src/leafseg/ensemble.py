@@ -73,6 +73,11 @@ class EnsembleSegmenter:
         sums: list[NDArray[np.float32]] = []
         for segmenter in self.segmenters:
             found = [result.probability for result in segmenter.segment(images)]
+            if sums and len(found[0]) != len(sums[0]):  # would broadcast: one plane for two classes, or two
+                raise CheckpointError(
+                    f"the models of the ensemble write {len(sums[0])} and {len(found[0])} probabilities for the same "
+                    "labels (their mask codes differ); leave one out"
+                )
             sums = [total + one for total, one in zip(sums, found, strict=True)] if sums else found
         return [self._labelled(total / np.float32(len(self.segmenters))) for total in sums]
 

@@ -6,8 +6,11 @@ exported runtimes elsewhere. Evaluation and prediction take any of them.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import re
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,8 +26,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from leafseg.config import Noise, PreprocessingSettings, TimestepSpacing
-from leafseg.data.dicom import holds_image, holds_slices, is_dicom
+from leafseg.data.dicom import DicomSeries, find_series, holds_image, holds_slices, is_dicom, separate_slices
 from leafseg.data.images import (
+    DICOM_SUFFIXES,
     IMAGE_SUFFIXES,
     MAX_PIXELS,
     VOLUME_SUFFIXES,
@@ -41,7 +45,7 @@ from leafseg.data.images import (
 )
 from leafseg.data.large import LARGE_PIXELS, tiff_pages, tiff_size, wants_pieces
 from leafseg.errors import CheckpointError, DataError, MissingExtraError
-from leafseg.files import write_json_atomic
+from leafseg.files import read_json, write_json_atomic
 from leafseg.outputs.contours import CocoFile, write_geojson
 from leafseg.outputs.dicom_seg import SegmentCodes, require_dicom_packages, write_dicom_seg
 from leafseg.outputs.label_maps import write_pages, write_probability_png, write_tiled_tiff
@@ -50,6 +54,7 @@ from leafseg.pipeline import LeafPipeline
 from leafseg.progress import progress_bar
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -289,7 +294,7 @@ def predict_files(
     Args:
         segmenter: the model.
         inputs: files; folders of DICOM slices; or folders, whose images (``images/`` below a data folder) and DICOM
-            series, in folders beneath too, are taken.
+            series, in folders beneath too, are taken. A folder of several series gives an input a series.
         out: where the results and ``report.json`` go.
         output_format: of the labels. ``nifti``, ``nrrd`` and ``mha`` take volumes and DICOM series, ``dicom-seg`` takes
             DICOM; ``tiff`` holds the frames of one input as pages.
@@ -301,77 +306,113 @@ def predict_files(
         model_name: for the report.
 
     Raises:
-        DataError: if nothing is found, two inputs would write one file, or ``out`` cannot be written.
+        DataError: if nothing is found, two inputs would write one file, ``out`` cannot be written, or holds a file that
+            would be replaced and that no earlier prediction wrote.
         MissingExtraError: if ``dicom-seg`` is asked for and highdicom is not installed.
     """
     if output_format == "dicom-seg":
         require_dicom_packages()
-    stems = _output_stems(_listed(inputs), out)
+    with tempfile.TemporaryDirectory(prefix="leafseg-") as links:
+        return _predict_listed(
+            segmenter,
+            _Inputs(inputs, Path(links)),
+            out,
+            output_format=output_format,
+            probability=probability,
+            overlay=overlay,
+            contours=contours,
+            segment_codes=segment_codes or {},
+            model_name=model_name,
+        )
+
+
+def _predict_listed(
+    segmenter: Segmenter,
+    listed: _Inputs,
+    out: Path,
+    *,
+    output_format: OutputFormat,
+    probability: bool,
+    overlay: bool,
+    contours: ContourFormat | None,
+    segment_codes: Mapping[str, SegmentCodes],
+    model_name: str,
+) -> PredictionReport:
+    stems = _output_stems(listed, out)
+    earlier = _files_of_earlier_runs(out)
+    _check_replaced(
+        stems, out, earlier, output_format=output_format, names=foreground_names(segmenter), coco=contours == "coco"
+    )
     out_is_usable(out)
     reading = Reading.of(segmenter.preprocessing)
     coco = CocoFile(foreground_names(segmenter)) if contours == "coco" else None
     report = PredictionReport({}, {}, 0.0, {})
-    owners: dict[Path, Path] = {}  # which input each output belongs to
+    owners: dict[Path, str] = {}  # which input each output belongs to
     started = time.monotonic()
     counts = {path: _frame_count(path, reading) for path in stems}
     namesakes = Counter(path.name for path in stems)  # series are often called alike, in folders of their patients
-    with progress_bar("prediction", total=sum(counts.values())) as bar:
-        for path, stem in stems.items():
-            begun, left = time.monotonic(), counts[path]
-            try:
-                if _is_read_in_pieces(segmenter, path):
-                    if output_format not in ("auto", "tiff") or overlay or contours is not None:
-                        raise DataError(
-                            f"{path}: of an image of more than {LARGE_PIXELS:,} pixels, label maps and probabilities "
-                            "are written, as TIFF; leave out --overlay and --contours, and choose --format tiff"
-                        )
-                    large: dict[str, Any] = {}
-                    writers = _large_writers(segmenter, path, stem, out, large, probability=probability)
-                    report.written[str(path)] = _write_all(writers, path, out, owners)
-                    report.figures[str(path)] = {"seconds": round(time.monotonic() - begun, 3), **large}
-                    bar.advance(path.name, count=left)
-                    continue
-                source = _open_source(path, stem, output_format, reading)
-                results = []
-                for result in _frame_results(
-                    segmenter, source, keep_probability=probability or contours is not None, overlay=overlay
-                ):
-                    results.append(result)
-                    bar.advance(path.name)
-                    left -= 1
-                labelled = _labelled(segmenter, source, results)
-                pictures = [result.overlay for result in results if result.overlay is not None]
-                writers = _writers(
-                    source,
-                    labelled,
-                    pictures,
-                    probability=probability,
-                    geojson_too=contours == "geojson",
-                    codes=segment_codes or {},
-                )
-                names = _write_all(writers, path, out, owners)
-                if coco is not None:
-                    coco.add(path.name if namesakes[path.name] == 1 else path.as_posix(), labelled)
-                report.written[str(path)] = names
-                report.figures[str(path)] = _figures(source, labelled, round(time.monotonic() - begun, 3))
-            except (DataError, MissingExtraError) as error:
-                report.failed[str(path)] = str(error)
-            bar.advance(path.name, count=left)
-    if coco is not None:
-        coco.write(out / "annotations.json")
-    report = replace(report, seconds=round(time.monotonic() - started, 3))
-    write_json_atomic(
-        out / "report.json",
-        {
-            "model": model_name,
-            "label_names": list(segmenter.label_names),
-            "written": report.written,
-            "failed": report.failed,
-            "figures": report.figures,
-            "seconds": report.seconds,
-            "notice": "Research software, not a medical device.",
-        },
-    )
+    try:
+        with progress_bar("prediction", total=sum(counts.values())) as bar:
+            for path, stem in stems.items():
+                begun, left, shown = time.monotonic(), counts[path], listed.shown(path)
+                try:
+                    if _is_read_in_pieces(segmenter, path):
+                        if output_format not in ("auto", "tiff") or overlay or contours is not None:
+                            raise DataError(
+                                f"{path}: of an image of more than {LARGE_PIXELS:,} pixels, label maps and "
+                                "probabilities are written, as TIFF; leave out --overlay and --contours, and choose "
+                                "--format tiff"
+                            )
+                        large: dict[str, Any] = {}
+                        writers = _large_writers(segmenter, path, stem, out, large, probability=probability)
+                        report.written[shown] = _write_all(writers, shown, out, owners, earlier)
+                        report.figures[shown] = {"seconds": round(time.monotonic() - begun, 3), **large}
+                        bar.advance(path.name, count=left)
+                        continue
+                    source = _open_source(path, stem, output_format, reading)
+                    results = []
+                    for result in _frame_results(
+                        segmenter, source, keep_probability=probability or contours is not None, overlay=overlay
+                    ):
+                        results.append(result)
+                        bar.advance(path.name)
+                        left -= 1
+                    labelled = _labelled(segmenter, source, results)
+                    pictures = [result.overlay for result in results if result.overlay is not None]
+                    writers = _writers(
+                        source,
+                        labelled,
+                        pictures,
+                        probability=probability,
+                        geojson_too=contours == "geojson",
+                        codes=segment_codes,
+                    )
+                    names = _write_all(writers, shown, out, owners, earlier)
+                    if coco is not None:
+                        coco.add(path.name if namesakes[path.name] == 1 else Path(shown).as_posix(), labelled)
+                    report.written[shown] = names
+                    report.figures[shown] = _figures(source, labelled, round(time.monotonic() - begun, 3))
+                except (DataError, MissingExtraError) as error:
+                    report.failed[shown] = listed.in_words(path, str(error))
+                bar.advance(path.name, count=left)
+        if coco is not None:
+            coco.write(out / "annotations.json")
+            owners[out / "annotations.json"] = ""
+    finally:  # an interrupted run may be repeated: its own files stand in the report
+        report = replace(report, seconds=round(time.monotonic() - started, 3))
+        write_json_atomic(
+            out / "report.json",
+            {
+                "model": model_name,
+                "label_names": list(segmenter.label_names),
+                "written": report.written,
+                "failed": report.failed,
+                "figures": report.figures,
+                "files": sorted(earlier | {target.name for target in owners}),
+                "seconds": report.seconds,
+                "notice": "Research software, not a medical device.",
+            },
+        )
     return report
 
 
@@ -397,51 +438,187 @@ def out_is_usable(out: Path) -> None:
         ) from error
 
 
-def _listed(inputs: Iterable[Path]) -> dict[Path, str]:
-    """Every file and DICOM series folder once, with the name that its results shall have."""
-    found: dict[Path, str] = {}
-    for given in inputs:
-        if not given.exists():
-            raise DataError(f"{given}: no such file or folder; check the path")
-        if not given.is_dir():
-            found[given] = image_stem(given)
-            continue
-        folder = given / "images" if (given / "images").is_dir() else given
-        inside = dict(_inside(folder))
-        if not inside:
-            kinds = ", ".join(s.removeprefix(".") for s in (*IMAGE_SUFFIXES, *VOLUME_SUFFIXES))
-            raise DataError(f"{folder}: no images in this folder; readable are {kinds} and DICOM")
-        found.update(inside)
-    return found
+class _Inputs:
+    """Every file and DICOM series once, with the name that its results shall have.
 
+    Readers take a folder for one series. Of a folder that holds more, each series is read through a folder of links to
+    its files; ``shown`` and ``in_words`` put the user's own folder in the place of that one.
 
-def _inside(folder: Path) -> Iterator[tuple[Path, str]]:
-    """A folder's own images, and the DICOM files and series in it and beneath, which are often stored deep."""
-    for name, folders, files in os.walk(folder):
-        parent = Path(name)
-        folders[:] = sorted(sub for sub in folders if not sub.startswith("."))
-        above = parent.relative_to(folder).parts
-        if holds_slices(parent):
-            yield parent, "_".join(above) or parent.resolve().name
-            continue
-        for file in sorted(file for file in files if not file.startswith(".")):
-            path = parent / file
+    Args:
+        inputs: files and folders.
+        links: an empty folder.
+
+    Raises:
+        DataError: if nothing is found.
+    """
+
+    def __init__(self, inputs: Iterable[Path], links: Path) -> None:
+        self.stems: dict[Path, str] = {}
+        self._links = links
+        self._folder_of: dict[Path, Path] = {}
+        beneath = 0
+        for given in inputs:
+            if not given.exists():
+                raise DataError(f"{given}: no such file or folder; check the path")
+            if not given.is_dir():
+                self.stems[given] = image_stem(given)
+                continue
+            folder = given / "images" if (given / "images").is_dir() else given
+            inside: dict[Path, str] = {}
+            for name, folders, files in os.walk(folder):
+                folders[:] = sorted(sub for sub in folders if not sub.startswith("."))
+                parent, names = Path(name), sorted(file for file in files if not file.startswith("."))
+                inside.update(self._of_folder(parent, names, above=parent.relative_to(folder).parts))
+                if parent != folder:
+                    beneath += sum(image_suffix(parent / file) not in (None, *DICOM_SUFFIXES) for file in names)
+            if not inside:
+                kinds = ", ".join(s.removeprefix(".") for s in (*IMAGE_SUFFIXES, *VOLUME_SUFFIXES))
+                raise DataError(f"{folder}: no images in this folder; readable are {kinds} and DICOM")
+            self.stems.update(inside)
+        if beneath:
+            logger.warning(
+                "%d images that are no DICOM lie in folders beneath the given ones and are left out; give their "
+                "folders or files", beneath,
+            )  # fmt: skip
+
+    def folder(self, path: Path) -> Path:
+        """Where an input lies."""
+        return self._folder_of.get(path, path.parent)
+
+    def shown(self, path: Path) -> str:
+        """An input's name in the report: its path as it was given."""
+        return str(self._folder_of[path].parent / path.name) if path in self._folder_of else str(path)
+
+    def in_words(self, path: Path, text: str) -> str:
+        return text.replace(str(path), str(self._folder_of[path])) if path in self._folder_of else text
+
+    def _of_folder(self, parent: Path, files: Sequence[str], *, above: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
+        """A folder's own images if it is the given one; its DICOM images, which are often stored deep, in any case."""
+        base = "_".join(above) or parent.resolve().name
+        singles = {parent / file for file in files if is_dicom(parent / file)}
+        try:
+            series = [whole for found in find_series(parent, recursive=False) if (whole := separate_slices(found))]
+        except DataError:  # one file is damaged: the folder, or the file, is then named as what fails
+            if holds_slices(parent):
+                yield parent, base
+                singles.clear()
+            series = []
+        singles.difference_update(*(one.files for one in series))
+        if len(series) == 1 and not any(holds_image(path) for path in singles):
+            yield parent, base
+        else:
+            for number, one in _numbered(series):
+                yield self._linked(one, f"{parent.resolve().name} (series {number})"), f"{base}_series{number}"
+        for path in (parent / file for file in files):
             dicom = is_dicom(path)
-            if (holds_image(path) if dicom else not above) and image_suffix(path) is not None:
+            wanted = path in singles and holds_image(path) if dicom else not above
+            if wanted and image_suffix(path) is not None:
                 yield path, "_".join((*above, image_stem(path)))
 
+    def _linked(self, series: DicomSeries, name: str) -> Path:
+        path = self._links / str(len(self._folder_of)) / name
+        try:
+            path.mkdir(parents=True)
+            for file in series.files:
+                (path / file.name).symlink_to(file.resolve())
+        except OSError as error:
+            raise DataError(
+                f"{series.folder}: holds several DICOM series, and links to tell them apart cannot be made "
+                f"({error.strerror or error}); move each series to a folder of its own"
+            ) from error
+        self._folder_of[path] = series.folder
+        return path
 
-def _output_stems(found: Mapping[Path, str], out: Path) -> dict[Path, str]:
+
+def _numbered(series: Sequence[DicomSeries]) -> list[tuple[int, DicomSeries]]:
+    """Series with their own numbers (SeriesNumber) where these tell them apart, else counted from 1 by file name."""
+    if len({one.number for one in series}) == len(series) and all(one.number is not None for one in series):
+        return [(one.number or 0, one) for one in series]
+    return list(enumerate(sorted(series, key=lambda one: min(one.files)), start=1))
+
+
+def _output_stems(listed: _Inputs, out: Path) -> dict[Path, str]:
     """Name of each output without suffix; files of one stem keep their suffix in it."""
+    found = listed.stems
     counts = Counter(found.values())
     stems = {path: stem if counts[stem] == 1 else path.name for path, stem in found.items()}
     double = [stem for stem, count in Counter(stems.values()).items() if count > 1]
     if double:
         raise DataError(f"{out}: two inputs are named {double[0]!r}; predict them into different folders")
     for path in stems:
-        if out.resolve() in (path.resolve(), path.resolve().parent):
+        if out.resolve() in (path.resolve(), listed.folder(path).resolve()):
             raise DataError(f"{path}: lies in the output folder, where its mask could replace it; choose another --out")
     return stems
+
+
+def _files_of_earlier_runs(out: Path) -> set[str]:
+    """Names of what earlier predictions wrote into a folder, by their report.
+
+    Raises:
+        DataError: if a file called report.json is no such report.
+    """
+    path = out / "report.json"
+    if not path.exists():
+        return set()
+    report = read_json(path)
+    written, files = report.get("written"), report.get("files", [])
+    if not isinstance(written, dict) or not isinstance(files, list):
+        raise DataError(f"{path}: is no report of leafseg predict and would be replaced; choose another --out")
+    return {str(name) for names in written.values() for name in names} | {str(name) for name in files}
+
+
+def _check_replaced(
+    stems: Mapping[Path, str],
+    out: Path,
+    earlier: set[str],
+    *,
+    output_format: OutputFormat,
+    names: Sequence[str],
+    coco: bool,
+) -> None:
+    """Before hours of work: no file that others made, such as a true mask, may have the name of a result.
+
+    Which of a result's names are used is known only once it is there, so all that it might use are reserved.
+
+    Raises:
+        DataError: naming the files.
+    """
+    if not out.is_dir():
+        return
+    others = [entry.name for entry in os.scandir(out) if entry.name not in {*earlier, "report.json"}]
+    if not others:
+        return
+    labels = "|".join(re.escape(label) for label in file_labels(names))
+    ending = re.compile(rf"(_\d{{4,}})?(_overlay|(_probability)?(_({labels}))?)?")
+    reserved: dict[str, list[str]] = {}  # suffix: stems
+    for path, stem in stems.items():
+        for suffix in _possible_suffixes(path, output_format):
+            reserved.setdefault(suffix, []).append(stem.removesuffix(suffix))
+    taken = ["annotations.json"] if coco and "annotations.json" in others else []
+    for name in others:
+        for suffix, starts in reserved.items():
+            rest = name.removesuffix(suffix)
+            if rest != name and any(rest.startswith(s) and ending.fullmatch(rest[len(s) :]) for s in starts):
+                taken.append(name)
+                break
+    if taken:
+        more = f" and {len(taken) - 3} more" if len(taken) > 3 else ""
+        raise DataError(
+            f"{out}: holds {', '.join(sorted(taken)[:3])}{more}, which a result could replace and which no earlier "
+            "prediction wrote (they may be true masks); choose another --out"
+        )
+
+
+def _possible_suffixes(path: Path, output_format: OutputFormat) -> set[str]:
+    own = image_suffix(path)
+    pictures = {".png", ".tif"} if output_format in ("auto", "png", "tiff") else {".tif"}
+    if output_format in _VOLUME_FORMATS:
+        return {*_VOLUME_FORMATS[output_format], *pictures, ".geojson"}
+    if output_format == "dicom-seg" or (output_format == "auto" and own in DICOM_SUFFIXES):
+        return {".dcm", ".png", ".tif", ".geojson"}
+    if output_format == "auto" and own in VOLUME_SUFFIXES:
+        return {own or "", ".tif", ".geojson"}
+    return {*pictures, ".geojson"}
 
 
 def _frame_count(path: Path, reading: Reading) -> int:
@@ -613,9 +790,13 @@ def _is_read_in_pieces(segmenter: Segmenter, path: Path) -> TypeGuard[PipelineSe
 
 
 def _write_all(
-    writers: Iterator[tuple[str, Callable[[Path], None]]], path: Path, out: Path, owners: dict[Path, Path]
+    writers: Iterator[tuple[str, Callable[[Path], None]]],
+    path: str,
+    out: Path,
+    owners: dict[Path, str],
+    earlier: set[str],
 ) -> list[str]:
-    """Write an input's files, none in the place of another input's; returns their names."""
+    """Write an input's files, none in the place of another input's or of a stranger's; returns their names."""
     names = []
     for name, write in writers:
         target = out / name
@@ -623,8 +804,12 @@ def _write_all(
             raise DataError(
                 f"{path}: its result {name} would replace that of {owners[target]}; predict them into different folders"
             )
-        owners[target] = path
+        if name not in earlier and os.path.lexists(target):
+            raise DataError(
+                f"{path}: its result {name} would replace a file that no earlier prediction wrote; choose another --out"
+            )
         write(target)
+        owners[target] = path
         names.append(name)
     return names
 
@@ -687,7 +872,12 @@ def _writers(
         suffixes = _VOLUME_FORMATS[source.output_format]
         suffix = own if own in suffixes else suffixes[0]
         for ending, planes in {**maps, **scores}.items():
-            write = partial(write_volume, array=np.stack(planes), geometry=source.volume.geometry)
+            write = partial(
+                write_volume,
+                array=np.stack(planes),
+                geometry=source.volume.geometry,
+                like=source.path if own in _VOLUME_FORMATS["nifti"] else None,
+            )
             yield f"{stem.removesuffix(suffix)}{ending}{suffix}", write
     if pictures and (source.volume is not None or source.output_format == "tiff"):
         yield f"{stem}_overlay.tif", partial(write_pages, pages=pictures)
@@ -708,7 +898,8 @@ def _figures(source: _Source, labelled: Labelled, seconds: float) -> dict[str, A
     if source.volume is None:
         spacing = pixel_spacing(source.path)
     else:
-        solid = source.volume.spacing_known and source.volume.in_space and len(source.volume.geometry.size) == 3
+        known = source.volume.spacing_known and source.volume.depth_known
+        solid = known and source.volume.in_space and len(source.volume.geometry.size) == 3
         spacing = source.volume.geometry.spacing_mm[::-1] if solid else source.volume.spacing_mm
     if spacing is not None:
         figures["spacing_mm"] = list(spacing)

@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 
 GENERIC = 75  # random damages of every base file
-LENGTH = 400  # characters of a sentence, without its paths
+LENGTH, LISTING = 400, 1000  # characters of a sentence about one file, and of one that lists cases; the folder left out
 ADDRESS_SPACE = 1.5 * 2**30  # bytes beyond what the process has when its imports are done
 RESIDENT = 1.2 * 2**30
 SECONDS_A_FILE = 20.0
@@ -435,8 +435,11 @@ def crafted_text_headers(folder: Path) -> Files:
         nrrd_line(f"sizes{number}", b"sizes", value)
     for value in (b"0", b"-3", b"17", b"2", b"4", b"x"):
         nrrd_line(f"dimension{value.decode()}", b"dimension", value)
-    for number, value in enumerate((b"(nan,0,0) (0,1,0) (0,0,1)", b"(0,0,0) (0,0,0) (0,0,0)", b"(1,0,0) (1,0,0) (0,0,1)",
-                                    b"none none none", b"(inf,0,0) (0,1,0) (0,0,1)", b"(1,0) (0,1)", b"((((")):  # fmt: skip
+    directions = (
+        b"(nan,0,0) (0,1,0) (0,0,1)", b"(0,0,0) (0,0,0) (0,0,0)", b"(1,0,0) (1,0,0) (0,0,1)", b"none none none",
+        b"(inf,0,0) (0,1,0) (0,0,1)", b"(1,0) (0,1)", b"((((",
+    )  # fmt: skip
+    for number, value in enumerate(directions):
         nrrd_line(f"directions{number}", b"space directions", value)
     for number, value in enumerate((b"(nan,nan,nan)", b"(1e400,0,0)", b"(1,2)", b"x")):
         nrrd_line(f"origin{number}", b"space origin", value)
@@ -542,10 +545,8 @@ def crafted_dicom() -> Files:
                 with_value(keyword, value)(dataset)
                 files[f"{label}-{keyword}-{number}.dcm"] = retyped(dicom_bytes(dataset))
     sound = dicom_bytes(dicom_dataset())
-    for name, syntax in {"unknown": b"1.2.840.10008.1.2.99", "big": b"1.2.840.10008.1.2.2", "jpeg": b"1.2.840.10008.1.2.4.50",
-                         "mpeg": b"1.2.840.10008.1.2.4.103", "deflated": b"1.2.840.10008.1.2.1.99"}.items():  # fmt: skip
-        dataset = dicom_dataset()
-        files[f"syntax-{name}.dcm"] = with_syntax(dicom_bytes(dataset), syntax)
+    for name, end in {"unknown": b"99", "big": b"2", "jpeg": b"4.50", "mpeg": b"4.103", "deflated": b"1.99"}.items():
+        files[f"syntax-{name}.dcm"] = with_syntax(sound, b"1.2.840.10008.1.2." + end)
     # Meta information as it is, then what unpacks to gigabytes.
     meta_end = 132 + 12 + struct.unpack_from("<I", sound, 140)[0]
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
@@ -563,7 +564,7 @@ def crafted_dicom() -> Files:
         sound[:meta_end] + struct.pack("<HH2sHI", 0x0008, 0x2112, b"UN", 0, 2**31 - 1) + sound[meta_end:]
     )
     rle = dicom_bases()["rle.dcm"]
-    at = rle.index(struct.pack("<HHI", 0xFFFE, 0xE000, 0), 200) + 16  # after the empty offset table and the item's head
+    at = rle.index(b"\xfe\xff\x00\xe0", rle.index(b"\xfe\xff\x00\xe0") + 1) + 8  # after the offset table's item
     for name, header in {
         "segments": (2**32 - 1,),
         "offset": (2, 2**32 - 1, 2**32 - 1),
@@ -583,8 +584,8 @@ def crafted_dicom() -> Files:
         files[f"jpeg2000-{name}.dcm"] = j2k[:at] + struct.pack(">II", *sides) + j2k[at + 8 :]
     jpeg = flat_bases()["grey.jpg"]
     start = jpeg.index(b"\xff\xc0") + 5
-    for name, content in {"as-it-is": jpeg, "giant": jpeg[:start] + struct.pack(">HH", 65535, 65535) + jpeg[start + 4 :],
-                          "text": b"no jpeg at all", "none": b""}.items():  # fmt: skip
+    giant = jpeg[:start] + struct.pack(">HH", 65535, 65535) + jpeg[start + 4 :]
+    for name, content in {"as-it-is": jpeg, "giant": giant, "text": b"no jpeg at all", "none": b""}.items():
         files[f"jpeg-{name}.dcm"] = with_frame(content)
     return files
 
@@ -667,7 +668,7 @@ def crafted_tables(good: str) -> Files:
         "returns": (head + rows).replace("\n", "\r").encode(),
         "group": (f"image,mask,group\n{good},{good},{'g' * 100_000}\n").encode(),
     }
-    for number, frame in enumerate(("-1", "1", "99999999999999999999999", "1.5", "x", "٣", "0x1", " 0 ")):
+    for number, frame in enumerate(("-1", "1", "9" * 5000, "99999999999999999999999", "1.5", "x", "٣", "0x1", " 0 ")):
         files[f"frame{number}"] = f"image,mask,frame\n{good},{good},{frame}\n".encode()
         files[f"mask-frame{number}"] = f"image,mask,mask_frame\n{good},{good},{frame}\n".encode()
     for number, part in enumerate(("Train", "x", "unused", "test")):
@@ -687,8 +688,19 @@ class Written:
     inputs: list[str] = field(default_factory=list)
 
 
-def write_family(root: Path, bases: Files, crafted: Files, others: Sequence[bytes], key: int) -> Written:
-    """Every file once as an image beside a sound mask, or (every third) as a mask beside a sound image."""
+def write_family(
+    root: Path,
+    bases: Files,
+    crafted: Files,
+    others: Sequence[bytes],
+    *,
+    key: int,
+    partner: tuple[str, bytes] | None = None,
+) -> Written:
+    """Every file once as an image beside a sound mask, or (every third) as a mask beside a sound image.
+
+    ``partner`` is the sound file and its suffix; default: a flat one.
+    """
     content: Files = {}
     for place, (name, base) in enumerate(bases.items()):
         stem, _, suffix = name.partition(".")
@@ -699,7 +711,7 @@ def write_family(root: Path, bases: Files, crafted: Files, others: Sequence[byte
         content[f"{stem}-sound.{suffix}"] = base
     content.update({f"made-{name}": data for name, data in crafted.items()})
     written = Written(folders=[str(root)])
-    sound = encoded("PNG", np.where(picture() > 200, 255, 0).astype(np.uint8))
+    kind, sound = partner or (".png", encoded("PNG", np.where(picture() > 200, 255, 0).astype(np.uint8)))
     for folder in ("images", "masks"):
         (root / folder).mkdir(parents=True)
     for number, (name, data) in enumerate(content.items()):
@@ -707,7 +719,8 @@ def write_family(root: Path, bases: Files, crafted: Files, others: Sequence[byte
         suffix = "." + name.partition(".")[2]
         mine, other = ("masks", "images") if number % 3 == 2 else ("images", "masks")
         (root / mine / f"{stem}{suffix}").write_bytes(data)
-        (root / other / f"{stem}.png").write_bytes(sound)
+        between = ".ome" if suffix.startswith(".ome") else ""  # belongs to the stem, which both share
+        (root / other / f"{stem}{between}{kind}").write_bytes(sound)
         written.inputs.append(str(root / mine / f"{stem}{suffix}"))
     return written
 
@@ -725,17 +738,21 @@ def write(family: str, root: Path) -> Written:
         tiff_bases()["deep.tif"],
         dicom_bases()["slice.dcm"],
     ]
-    others += volume_bases([".nii", ".nii.gz", ".nrrd", ".mha"], root).values()
+    volumes = volume_bases([".nii", ".nii.gz", ".nrrd", ".mha"], root)
+    others += volumes.values()
+    sound = (".nii", volumes["volume.nii"])
     if family == "flat":
-        return write_family(root, flat, crafted_flat(), others, 1)
+        return write_family(root, flat, crafted_flat(), others, key=1)
     if family == "tiff":
-        return write_family(root, tiff_bases(), crafted_tiff(), others, 2)
+        return write_family(root, tiff_bases(), crafted_tiff(), others, key=2)
     if family == "nifti":
-        return write_family(root, volume_bases([".nii", ".nii.gz"], root), crafted_nifti(root), others, 3)
+        bases = {name: volumes[name] for name in ("volume.nii", "volume.nii.gz")}
+        return write_family(root, bases, crafted_nifti(root), others, key=3, partner=sound)
     if family == "text-headers":
-        return write_family(root, volume_bases([".nrrd", ".mha"], root), crafted_text_headers(root), others, 4)
+        bases = {name: volumes[name] for name in ("volume.nrrd", "volume.mha")}
+        return write_family(root, bases, crafted_text_headers(root), others, key=4, partner=sound)
     if family == "dicom":
-        return write_family(root, dicom_bases(), crafted_dicom(), others, 5)
+        return write_family(root, dicom_bases(), crafted_dicom(), others, key=5)
     written = Written()
     if family == "series":
         folders = crafted_series()
@@ -743,13 +760,12 @@ def write(family: str, root: Path) -> Written:
             generator = np.random.Generator(np.random.Philox(key=[6, number]))
             kind, data = damaged(dicom_series()["2.dcm"], others, generator)
             folders[f"{number:03d}-{kind}"] = dicom_series(spoilt=data)
-        mask = volume_bases([".nii"], root)["volume.nii"]
         for name, files in folders.items():
             for file, data in files.items():
                 (root / "images" / name).mkdir(parents=True, exist_ok=True)
                 (root / "images" / name / file).write_bytes(data)
             (root / "masks").mkdir(exist_ok=True)
-            (root / "masks" / f"{name}.nii").write_bytes(mask)
+            (root / "masks" / f"{name}.nii").write_bytes(sound[1])
             written.inputs.append(str(root / "images" / name))
         written.folders.append(str(root))
         return written
@@ -773,7 +789,7 @@ def address_space() -> int:
 
 
 def open_all(job: Path) -> dict[str, Any]:
-    """Check every folder and table and predict every input; what was said, how long it took, how much memory it needed."""
+    """Check every folder and table, predict every input: what was said, how long it took, how much memory it needed."""
     import logging
 
     import torch
@@ -857,11 +873,12 @@ if __name__ == "__main__":
 # --- the tests ---
 
 
-def sentences(result: dict[str, Any]) -> Iterator[str]:
+def sentences(result: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """What was said, and how long it may be."""
     for finding in result["findings"]:
-        yield finding["message"]
-        yield from (item["text"] for item in finding["items"])
-    yield from result["predictions"].values()
+        yield finding["message"], LISTING
+        yield from ((item["text"], LENGTH) for item in finding["items"])
+    yield from ((said, LENGTH) for said in result["predictions"].values())
 
 
 @pytest.mark.slow
@@ -879,21 +896,22 @@ def test_damaged_files_end_in_one_sentence_each(family: str, tmp_path: Path) -> 
     result = json.loads(job.with_suffix(".result").read_text())
 
     root = str(tmp_path / "data")
-    for said in sentences(result):
+    for said, longest in sentences(result):
         assert "\n" not in said, said
         assert "Traceback" not in said, said
         assert "report this message" not in said, said  # an error that no reader foresaw
-        assert len(said.replace(root, "")) < LENGTH or said.count("; ") >= 2, said  # a message that lists several cases
+        assert len(said.replace(root, "")) < longest, said
     # What would stop a training is named by the check: no surprise is left for the prediction.
     stopped = {
         str(Path(finding["data"]) / name)
         for finding in result["findings"]
-        if finding["severity"] == "error"
+        if finding["severity"] == "error" and "duplicate" not in finding["id"]
         for item in finding["items"]
         for name in item["files"]
     }
     images = {name: said for name, said in result["predictions"].items() if "/images/" in name}
-    surprises = {name: said for name, said in images.items() if said and name not in stopped}
+    unwritable = "no DICOM segmentation can be made"  # the image is sound, but its header lacks what the result names
+    surprises = {name: said for name, said in images.items() if said and name not in stopped and unwritable not in said}
     assert not surprises
     slow = {name: round(s, 1) for name, s in result["seconds"].items() if s > SECONDS_A_FILE and "check" not in name}
     assert not slow
@@ -908,7 +926,8 @@ def test_damaged_files_end_in_one_sentence_each(family: str, tmp_path: Path) -> 
         f"{sum(result['seconds'].values()):.0f} s, memory {result['memory_mb']} MB, "
         f"slowest {max(result['seconds'].items(), key=lambda pair: pair[1])}"
     )
-    assert ended.stderr == "" or len(ended.stderr.splitlines()) < 20, ended.stderr[:3000]
+    assert "Traceback" not in ended.stderr, ended.stderr[-3000:]
+    assert "RuntimeWarning" not in ended.stderr, ended.stderr[-3000:]  # arithmetic of ours on damaged numbers
 
 
 @pytest.mark.slow

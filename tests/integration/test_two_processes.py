@@ -84,7 +84,8 @@ def test_only_one_of_the_processes_prints_and_writes(two: tuple[Path, str]) -> N
     run, stdout = two
     assert stdout.count("stopped at step 2 of 4") == 1
     assert sorted(p.name for p in run.iterdir()) == [
-        "checkpoints", "features", "metrics.jsonl", "pipeline", "run.json", "split.csv", "tensorboard",
+        "checkpoints", "data_check.json", "features", "metrics.jsonl", "pipeline", "run.json", "split.csv",
+        "tensorboard",
     ]  # fmt: skip
     assert list(run.rglob(".tmp-*")) == []
     assert list(run.rglob("*.partial")) == []

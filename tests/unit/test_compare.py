@@ -17,6 +17,8 @@ from leafseg.errors import DataError
 from leafseg.evaluation.compare import Comparison, PairedDifference, compare, holm, read_evaluation, table
 from leafseg.evaluation.evaluate import Evaluation, EvaluationRow, summarise
 
+HEAD = "name,label,sha256,empty,truth_pixels,predicted_pixels,dice"
+
 
 def row(name: str, dice: float | None, *, found: int = 10, hd95: float | None = None, group: str = "") -> EvaluationRow:
     """An image with this Dice; None for one whose truth is empty."""
@@ -162,9 +164,9 @@ def test_distances_of_different_units_or_tolerances_are_left_out_and_named(tmp_p
     ("damage", "message"),
     [
         ("name,label\nx,lesion\n", "has no column 'sha256'"),
-        ("name,label,sha256,empty,predicted_pixels,dice\n", "holds no image"),
-        ("name,label,sha256,empty,predicted_pixels,dice\nx,lesion,s,False,4,much\n", "the line of 'x' is damaged"),
-        ("name,label,sha256,empty,predicted_pixels,dice\nx,lesion,s,False,4,nan\n", "a figure is not finite"),
+        (f"{HEAD}\n", "holds no image"),
+        (f"{HEAD}\nx,lesion,s,False,4,4,much\n", "the line of 'x' is damaged"),
+        (f"{HEAD}\nx,lesion,s,False,4,4,nan\n", "a figure is not finite"),
     ],
 )
 def test_a_damaged_table_is_named(tmp_path: Path, damage: str, message: str) -> None:
@@ -199,3 +201,9 @@ def test_what_is_stored_is_what_was_found(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     with Image.open(tmp_path / "out" / "compare.png") as picture:
         assert picture.width > 300
+
+
+def test_evaluations_against_different_masks_are_refused(tmp_path: Path) -> None:
+    other = [dataclasses.replace(row("x", 0.5), truth_pixels=11)]
+    with pytest.raises(DataError, match=r"its truth of 'x' \(lesion\) is not that of"):
+        compared(tmp_path, [row("x", 0.5)], other)

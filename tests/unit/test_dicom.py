@@ -664,6 +664,20 @@ def test_a_cut_off_dicom_file_is_refused(tmp_path: Path, syntax: str | None, sha
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("offset", "byte"), [(4, 84), (5, 255), (7, 255), (9, 3)])  # bits, rows, columns, channels
+@pytest.mark.parametrize("syntax", [uids.JPEGLosslessSV1, uids.JPEGLSLossless], ids=COMPRESSED.get)
+def test_a_jpeg_that_contradicts_its_file_never_reaches_a_decoder(
+    tmp_path: Path, syntax: str, offset: int, byte: int
+) -> None:
+    path = compress(write(tmp_path / "a.dcm", noise(16, 12, dtype=np.uint16)), syntax)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"\xff\xc3\x00\x0b" if syntax == uids.JPEGLosslessSV1 else b"\xff\xf7\x00\x0b")
+    content[at + offset] = byte
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="unlike the header"):
+        read_image(path)
+
+
 def test_a_file_with_the_suffix_alone_is_no_dicom(tmp_path: Path) -> None:
     (tmp_path / "a.dcm").write_bytes(b"no preamble" * 50)
     with pytest.raises(DataError, match=r"a\.dcm: is no DICOM file"):

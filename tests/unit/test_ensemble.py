@@ -137,3 +137,8 @@ def test_the_split_of_an_ensemble_is_its_own_or_that_of_its_models(
     assert "different test parts" in caplog.text
     (tmp_path / "split.csv").write_text("")
     assert split_of_ensemble(tmp_path) == tmp_path / "split.csv"
+
+
+def test_models_that_write_the_same_labels_in_different_planes_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="write 1 and 2 probabilities"):
+        said(Says((0.5,)), Says((0.5, 0.5)))

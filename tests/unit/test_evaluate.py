@@ -25,6 +25,7 @@ from leafseg.data.manifest import Manifest, load_manifest
 from leafseg.errors import DataError
 from leafseg.evaluation.evaluate import (
     EvaluationRow,
+    _Stacks,
     evaluate,
     evaluate_samples,
     failures,
@@ -546,3 +547,23 @@ def test_a_summary_keeps_the_order_of_the_classes_and_survives_no_rows() -> None
     assert list(summarise([row("z"), row("a"), row("z")])["classes"]) == ["z", "a"]
     assert summarise([])["classes"] == {}
     assert selection_score([]) == 0
+
+
+def test_classes_in_another_order_are_refused_and_other_names_are_not(tmp_path: Path) -> None:
+    settings = DataSettings(label_names={1: "nucleus", 2: "cytoplasm"})
+    manifest = marked(tmp_path, {"a": square(0, 0) + 2 * square(6, 6)}, settings=settings)
+    with pytest.raises(DataError, match="nucleus has another place"):
+        evaluate(MarkedSegmenter("background", "cytoplasm", "nucleus"), manifest)
+    assert evaluate(MarkedSegmenter("background", "nucleus", "plasma"), manifest).rows[0].dice == 1
+
+
+def test_slices_wait_for_their_volume_without_their_probabilities(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    voxels = np.zeros((3, 12, 16), int)
+    voxels[1, 2:6, 3:7] = 1
+    manifest = volume(tmp_path, answer=voxels, truth=voxels, spacing=(1.0, 1.0, 1.0))
+    kept = []
+    monkeypatch.setattr(_Stacks, "_measure", lambda self, path, slices: kept.extend(slices))
+    evaluate(VolumeSegmenter(), manifest)
+    assert [compared.probability.untyped_storage().nbytes() for compared in kept] == [0, 0, 0]

@@ -142,6 +142,7 @@ def test_a_threshold_makes_soft_edges_hard(tmp_path: Path) -> None:
         ([[0, 2, 254], [2, 0, 0]], "mixture"),
         ([[255, 255, 255], [255, 255, 255]], "no 0"),
         ([[1, 2, 2], [1, 1, 1]], "no 0"),
+        ([[1, 2, 3], [1, 1, 1]], "no 0"),
     ],
 )
 def test_doubtful_mask_values_are_refused_with_the_way_out(tmp_path: Path, mask: list[list[int]], words: str) -> None:

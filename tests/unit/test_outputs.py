@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -266,3 +268,34 @@ def test_probabilities_of_a_volume_are_only_kept_when_asked(tmp_path: Path) -> N
     voxels = 40 * 64 * 64
     assert peaks[1] > 7 * 4 * voxels  # seven float32 maps
     assert peaks[0] < 7 * voxels  # labels and their copies, one byte a voxel each
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_both_forms_of_a_nifti_source_are_kept(tmp_path: Path, suffix: str, order: str) -> None:
+    # By hand: qform turned by 90 degrees about z in 2x3x4 mm, sform straight at another place (an MNI one, code 4).
+    voxels = marked_voxels()
+    header = bytearray(352)
+    struct.pack_into(f"{order}i", header, 0, 348)
+    struct.pack_into(f"{order}8h", header, 40, 3, 6, 5, 4, 1, 1, 1, 1)
+    struct.pack_into(f"{order}2h", header, 70, 4, 16)  # int16
+    struct.pack_into(f"{order}8f", header, 76, -1, 2, 3, 4, 0, 0, 0, 0)
+    struct.pack_into(f"{order}f", header, 108, 352)
+    header[123] = 2 | 8  # mm, s
+    struct.pack_into(f"{order}2h", header, 252, 1, 4)
+    struct.pack_into(f"{order}6f", header, 256, 0, 0, 0.70710678, 10, 20, 30)
+    struct.pack_into(f"{order}12f", header, 280, 2, 0, 0, -5, 0, 3, 0, -6, 0, 0, 4, -7)
+    header[344:347] = b"n+1"
+    content = bytes(header) + voxels.astype(f"{order}i2").tobytes()
+    source = tmp_path / f"scan{suffix}"
+    source.write_bytes(gzip.compress(content) if suffix == ".nii.gz" else content)
+    assert predict_files(ValueSegmenter("background", "a", "b"), [source], tmp_path / "out").failed == {}
+    result = tmp_path / "out" / source.name
+    written = gzip.decompress(result.read_bytes()) if suffix == ".nii.gz" else result.read_bytes()
+    for offset, types in ((76, "4f"), (123, "B"), (252, "2h"), (256, "18f")):
+        expected = struct.unpack_from(f"{order}{types}", header, offset)
+        assert struct.unpack_from(f"<{types}", written, offset) == expected
+    ours, theirs = SimpleITK.ReadImage(str(result)), SimpleITK.ReadImage(str(source))
+    assert (ours.GetOrigin(), ours.GetDirection()) == (theirs.GetOrigin(), theirs.GetDirection())
+    np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(ours), voxels)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(["report.json", source.name])

@@ -14,7 +14,7 @@ import tifffile
 from leafseg.config import PreprocessingSettings
 from leafseg.data.images import Reading, read_image, read_volume, write_png
 from leafseg.errors import ConfigError, DataError, MissingExtraError
-from leafseg.outputs.dicom_seg import CodedName, default_codes, read_segment_codes
+from leafseg.outputs.dicom_seg import _ALIASES, GENERIC, CodedName, default_codes, read_segment_codes
 from leafseg.predict import Segmentation, predict_files
 
 highdicom = pytest.importorskip("highdicom")
@@ -467,3 +467,65 @@ def test_wrong_codes_are_one_sentence(tmp_path: Path, content: Any, message: str
         read_segment_codes(tmp_path / "segments.json", ["liver"])
     with pytest.raises(DataError, match="cannot be read as JSON"):
         read_segment_codes(tmp_path / "none.json", ["liver"])
+
+
+def test_each_series_of_a_folder_is_an_input_and_so_is_every_single_image_beside_them(tmp_path: Path) -> None:
+    folder = tmp_path / "scans"
+    write_series(folder, marked_volume(), SeriesNumber=7)
+    for index, pixels in enumerate(marked_volume()[:2]):
+        image = dataset(CT, pixels, number=20 + index, ImagePositionPatient=slice_position(index), SeriesNumber=9)
+        image.ImageOrientationPatient, image.PixelSpacing = ORIENTATION, [ROW_MM, COLUMN_MM]
+        image.SeriesInstanceUID, image.SliceThickness, image.FrameOfReferenceUID = f"{ROOT}9", 3.0, f"{ROOT}5"
+        image.PositionReferenceIndicator = ""
+        save(folder / f"b{index}.dcm", image)
+    flat = dataset("1.2.840.10008.5.1.4.1.1.3.1", marked_volume()[1], number=40, Modality="US", NumberOfFrames=1)
+    flat.SeriesInstanceUID = f"{ROOT}8"
+    save(folder / "flat.dcm", flat)
+    write_png(folder / "photo.png", np.ones((4, 5), np.uint8))
+    report = predict_files(ValueSegmenter("background", "liver", "lesion"), [folder], tmp_path / "out")
+    assert report.failed == {}
+    assert report.written == {
+        f"{folder} (series 7)": ["scans_series7.dcm"],
+        f"{folder} (series 9)": ["scans_series9.dcm"],
+        str(folder / "flat.dcm"): ["flat.dcm"],
+        str(folder / "photo.png"): ["photo.png"],
+    }
+    assert [report.figures[f"{folder} (series {n})"]["shape"][0] for n in (7, 9)] == [4, 2]
+    made = pydicom.dcmread(tmp_path / "out" / "scans_series9.dcm")
+    assert made.ReferencedSeriesSequence[0].SeriesInstanceUID == f"{ROOT}9"
+
+
+def test_an_error_in_one_of_several_series_names_the_users_own_folder(tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "scans", marked_volume(), SeriesNumber=7)
+    (folder / "003.dcm").unlink()  # a gap
+    image = dataset(CT, marked_volume()[0], number=20, ImagePositionPatient=slice_position(0), SeriesNumber=9)
+    image.ImageOrientationPatient, image.PixelSpacing = ORIENTATION, [ROW_MM, COLUMN_MM]
+    image.SeriesInstanceUID, image.SliceThickness, image.FrameOfReferenceUID = f"{ROOT}9", 3.0, f"{ROOT}5"
+    save(folder / "b.dcm", image)
+    report = predict_files(ValueSegmenter("background", "liver", "lesion"), [folder], tmp_path / "out")
+    (reason,) = report.failed.values()
+    assert reason.startswith(f"{folder}: the slices' distances run from 3 to 6 mm")
+    assert list(report.written) == [f"{folder} (series 9)"]
+
+
+def test_a_single_slice_without_thickness_has_no_volume_in_ml(tmp_path: Path) -> None:
+    volumes = []
+    for name, thickness in (("a", None), ("b", SLICE_MM)):
+        folder = write_series(tmp_path / name, marked_volume()[2:3])
+        image = pydicom.dcmread(folder / "001.dcm")
+        image.SliceThickness = thickness
+        save(folder / "001.dcm", image)
+        report = predict_files(ValueSegmenter("background", "liver", "lesion"), [folder], tmp_path / "out" / name)
+        volumes.append(report.figures[str(folder)].get("volume_ml"))
+        assert report.figures[str(folder)]["spacing_mm"][-2:] == [ROW_MM, COLUMN_MM]
+    assert volumes == [None, {"liver": pytest.approx(8 * 0.75 * 0.5 * 3 / 1000), "lesion": pytest.approx(0.001125)}]
+
+
+@pytest.mark.parametrize(("label", "value"), [("Tumour", "108369006"), ("tumor", "108369006"), ("lesions", "52988006")])
+def test_usual_names_of_lesions_have_codes_of_the_standard(label: str, value: str) -> None:
+    code = default_codes(label)
+    assert (code.type.value, code.category.value) == (value, "49755003")
+
+
+def test_every_alias_names_an_entry_of_the_standards_lists() -> None:
+    assert [name for name in _ALIASES if default_codes(name) == GENERIC] == []

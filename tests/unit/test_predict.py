@@ -367,3 +367,46 @@ def test_pictures_for_looking_at_are_8_bit_rgb() -> None:
     unit = torch.tensor([0.0, 0.2, 1.0]).reshape(3, 1, 1).expand(3, 4, 5)
     assert display_pixels(unit).shape == (4, 5, 3)
     assert display_pixels(unit)[2, 3].tolist() == [0, 51, 255]
+
+
+def test_a_true_mask_in_the_output_folder_is_never_replaced(tmp_path: Path) -> None:
+    write_png(tmp_path / "images" / "a.png", np.full((4, 5), 200, np.uint8))
+    write_png(tmp_path / "masks" / "a.png", np.zeros((4, 5), np.uint8))
+    write_png(tmp_path / "masks" / "ab.png", np.zeros((4, 5), np.uint8))
+    before = (tmp_path / "masks" / "a.png").read_bytes()
+    with pytest.raises(DataError, match=r"masks: holds a\.png, which a result could replace"):
+        predict_files(ThresholdSegmenter(), [tmp_path], tmp_path / "masks")
+    assert (tmp_path / "masks" / "a.png").read_bytes() == before
+    assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == ["a.png", "ab.png"]
+
+
+def test_results_of_any_earlier_prediction_are_replaced(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_png(tmp_path / f"{name}.png", np.full((4, 5), 200, np.uint8))
+    for name in ("a", "b", "a"):  # the second report must not forget the first one's file
+        report = predict_files(ThresholdSegmenter(), [tmp_path / f"{name}.png"], tmp_path / "out", overlay=True)
+        assert report.failed == {}
+    stored = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert stored["files"] == ["a.png", "a_overlay.png", "b.png", "b_overlay.png"]
+
+
+def test_a_report_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+    write_png(tmp_path / "a.png", np.full((4, 5), 200, np.uint8))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.json").write_text('{"dice": 0.9}')
+    with pytest.raises(DataError, match="is no report of leafseg predict"):
+        predict_files(ThresholdSegmenter(), [tmp_path / "a.png"], tmp_path / "out")
+
+
+def test_a_run_that_was_interrupted_can_be_repeated(tmp_path: Path) -> None:
+    class Stops(ThresholdSegmenter):
+        def read(self, path: Path, frame: int | None = None) -> np.ndarray:
+            if path.name == "b.png":
+                raise KeyboardInterrupt
+            return super().read(path, frame)
+
+    for name in ("a", "b"):
+        write_png(tmp_path / "in" / f"{name}.png", np.full((4, 5), 200, np.uint8))
+    with pytest.raises(KeyboardInterrupt):
+        predict_files(Stops(), [tmp_path / "in"], tmp_path / "out")
+    assert len(predict_files(ThresholdSegmenter(), [tmp_path / "in"], tmp_path / "out").written) == 2

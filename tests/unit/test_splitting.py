@@ -401,3 +401,25 @@ def test_the_table_counts_images_groups_and_strata_of_every_part() -> None:
         "fold 1       1       1  1  0",
         "test         1       1  1  0",
     ]
+
+
+def test_slices_of_one_file_stay_together_whatever_groups_a_table_gives_them() -> None:
+    single = manifest_of([None] * 24)
+    samples = tuple(replace(s, image=Path(f"v{k // 4}.tif"), frame=k % 4) for k, s in enumerate(single.samples))
+    made = make_split(replace(single, samples=samples), groups=[f"g{k}" for k in range(24)], validation=0.3, test=0.3)
+    parts = defaultdict(set)
+    for sample in made.samples:
+        parts[sample.image].add(sample.part)
+    assert [len(found) for found in parts.values()] == [1] * 6
+
+
+def test_a_new_split_need_not_name_what_the_data_leave_out(tmp_path: Path) -> None:
+    lines = ["image,mask,part"]
+    for k in range(8):
+        write_png(tmp_path / f"i{k}.png", np.full((4, 4), k, np.uint8))
+        write_png(tmp_path / f"m{k}.png", np.eye(4, dtype=np.uint8))
+        lines.append(f"i{k}.png,m{k}.png,{'unused' if k == 0 else ''}")
+    (tmp_path / "d.csv").write_text("\n".join(lines))
+    save_split(make_split(load(tmp_path / "d.csv")), tmp_path / "split.csv")
+    again = load(tmp_path / "d.csv", split_file=tmp_path / "split.csv")
+    assert {sample.name for sample in again.samples} == {f"i{k}" for k in range(1, 8)}

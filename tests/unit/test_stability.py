@@ -340,7 +340,7 @@ def test_the_command_compares_three_prediction_types_on_one_page(
     for kind, name in names.items():
         assert re.search(rf"^{re.escape(name)} +{kind} +4( +[\d.-]+){{5}}$", printed, re.MULTILINE), printed
 
-    page = (out / "stability.md").read_text()
+    page = (out / "stability.md").read_text(encoding="utf-8")
     for kind, name in zip(names, ("x0 \\| &lt;b>", "$velocity", "noise"), strict=True):
         assert f"| {name} | {kind} | trailing | 32x32 |" in page
     assert "not a medical device" in page
@@ -476,12 +476,12 @@ def test_a_checkpoint_that_the_test_part_chose_is_named_beside_figures_on_it(
     code, _, error = cli("stability", run, models["sample"], *names, *common)  # the second belongs to no run
     assert code == 0, error
     assert "warning: the test part chose the checkpoint of mine| (training.selection_part)" in error
-    assert "chose the checkpoint of mine\\|**" in (out / "stability.md").read_text()
+    assert "chose the checkpoint of mine\\|**" in (out / "stability.md").read_text(encoding="utf-8")
     assert json.loads((out / "stability.json").read_text())["selected_on_test"] == ["mine|"]
 
     code, _, error = cli("stability", run, *common, "--split", "validation")
     assert (code, "warning" in error) == (0, False)
-    assert "chose the checkpoint" not in (out / "stability.md").read_text()
+    assert "chose the checkpoint" not in (out / "stability.md").read_text(encoding="utf-8")
     assert "selected_on_test" not in json.loads((out / "stability.json").read_text())
 
 

@@ -451,6 +451,12 @@ def test_black_images_are_constant_and_not_duplicates(data: Path) -> None:
     done = check(data)
     assert len(only(done, "constant-image").items) == 3
     assert not any("duplicate" in finding.id for finding in done.findings)
+    parts = {3: "train", 4: "test"}
+    rows = [
+        {"image": f"images/{n:03d}.png", "mask": f"masks/{n:03d}.png", "part": parts.get(n, PARTS[n % 3])}
+        for n in range(30)
+    ]
+    assert not check(as_csv(data, rows)).ok  # equal files in two parts, which no training accepts
 
 
 @pytest.mark.skipif(not (SHARED / "busi").is_dir(), reason="needs the public sample data (LEAFSEG_SHARED/data)")

@@ -31,11 +31,11 @@ _DEFLATED = "1.2.840.10008.1.2.1.99"
 _NATIVE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 
 # Which of pydicom's decoders for these syntaxes; for others any. Never its binding of GDCM, which ends the whole
-# process on damaged data (an exception that crosses no language border); the GDCM inside ITK raises.
+# process on damaged data (an exception that crosses no language border); the GDCM inside ITK raises, after our checks.
+_JPEG_LS = ("1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81")
 _DECODERS = {
     "1.2.840.10008.1.2.4.50": "pillow",  # JPEG baseline
-    "1.2.840.10008.1.2.4.80": "pyjpegls",
-    "1.2.840.10008.1.2.4.81": "pyjpegls",
+    **dict.fromkeys(_JPEG_LS, "pyjpegls"),
     "1.2.840.10008.1.2.4.90": "pillow",  # JPEG 2000
     "1.2.840.10008.1.2.4.91": "pillow",
     "1.2.840.10008.1.2.5": "pydicom",  # RLE
@@ -43,7 +43,7 @@ _DECODERS = {
 _THROUGH_ITK = ("1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70")  # 12-bit, lossless JPEG
 
 _TAGS = [
-    *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "InstanceNumber", "NumberOfFrames"),
+    *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "SeriesNumber", "InstanceNumber", "NumberOfFrames"),
     *("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration"),
     *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
     *("PixelPaddingValue", "PixelPaddingRangeLimit", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence"),
@@ -63,12 +63,14 @@ class DicomSeries:
         uid: SeriesInstanceUID; identifies the series, so keep it out of messages.
         folder: where the files lie.
         is_volume: whether every file is one slice with a place in space (CT, MR, PET); else they are single images.
+        number: SeriesNumber, None if the first file states none.
     """
 
     files: tuple[Path, ...]
     uid: str
     folder: Path
     is_volume: bool
+    number: int | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class _Header:
     path: Path
     syntax: str
     series_uid: str
+    series_number: int | None
     instance: int
     size: tuple[int, int]
     samples: int
@@ -106,7 +109,7 @@ class _Header:
     signed: bool
     padding: tuple[int, int] | None
     has_luts: tuple[bool, bool]
-    slice_spacing: float
+    slice_spacing: float | None
     frames: tuple[_Frame, ...]
 
     @property
@@ -231,7 +234,17 @@ def _series(folder: Path, uid: str, headers: Sequence[_Header]) -> DicomSeries:
         ordered = sorted(headers, key=lambda h: (float(np.dot(normal, h.frames[0].position or ())), h.path.name))
     else:
         ordered = sorted(headers, key=lambda h: (h.instance, h.path.name))
-    return DicomSeries(tuple(header.path for header in ordered), uid, folder, volume)
+    return DicomSeries(tuple(header.path for header in ordered), uid, folder, volume, headers[0].series_number)
+
+
+def separate_slices(series: DicomSeries) -> DicomSeries | None:
+    """The slices of a series without single images that state no place; None if there are no slices.
+
+    Raises:
+        DataError: if a file cannot be read.
+    """
+    headers = [header for file in series.files if (header := _header(file)).is_slice]
+    return _series(series.folder, series.uid, headers) if headers else None
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -293,7 +306,9 @@ def _read(path: Path, headers: Sequence[_Header], *, window: bool = False, as_ma
         window = window and not as_mask and headers[0].samples == 1 and not kinds.pop()[1]
         frames = [frame for header in headers for frame in header.frames]
         dtype = np.dtype(np.float32) if window else _value_type(headers, frames)
-        voxels, outside, at = np.empty(0), np.empty(0), 0
+        voxels: NDArray[Any] = np.empty(0)
+        outside = np.zeros(0, np.bool_)
+        at = 0
         for header in headers:
             with _errors_of(header.path):
                 values, padded = _values(header, dtype, window=window, as_mask=as_mask)
@@ -316,10 +331,12 @@ def _values(
     header: _Header, dtype: np.dtype[Any], *, window: bool, as_mask: bool
 ) -> tuple[NDArray[Any], NDArray[np.bool_] | bool]:
     """Frames ``[N, H, W]`` or ``[N, H, W, 3]`` of one file, and where they are padded."""
-    from pydicom.pixels import apply_color_lut
+    from pydicom.pixels.processing import apply_color_lut
 
     raw = _decode(header)
-    tags = _dataset(header.path, _TABLE_TAGS) if header.photometric == "PALETTE COLOR" or any(header.has_luts) else None
+    tags: Any = None
+    if header.photometric == "PALETTE COLOR" or any(header.has_luts):
+        tags = _dataset(header.path, _TABLE_TAGS)
     if header.photometric == "PALETTE COLOR" and not as_mask:
         return apply_color_lut(raw, tags)[..., :3], False
     if raw.ndim == 4:
@@ -348,10 +365,12 @@ def _values(
 
 def _decode(header: _Header) -> NDArray[Any]:
     """Stored values ``[N, H, W]``, or RGB ``[N, H, W, 3]``."""
-    from pydicom.pixels import pixel_array
+    from pydicom.pixels.utils import pixel_array
 
     if header.syntax in _THROUGH_ITK:
         return _decode_through_itk(header)
+    if header.syntax in _JPEG_LS:
+        _jpeg_frames(header)
     raw = pixel_array(header.path, decoding_plugin=_DECODERS.get(header.syntax, ""))
     if len(header.frames) == 1:
         raw = raw[None]
@@ -383,11 +402,7 @@ def _decode_through_itk(header: _Header) -> NDArray[Any]:
 
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
     copy = pydicom.dcmread(header.path, specific_tags=_PIXEL_TAGS)
-    frames = list(pydicom.encaps.generate_frames(copy.PixelData, number_of_frames=len(header.frames)))
-    for frame in frames:
-        if _jpeg_size(frame) != header.size:  # GDCM would ask for the memory of what a damaged frame states
-            raise ValueError(f"a frame is {_jpeg_size(frame)}, stated {header.size}")
-    copy.PixelData = pydicom.encaps.encapsulate(frames)
+    copy.PixelData = pydicom.encaps.encapsulate(_jpeg_frames(header))
     if header.samples == 1:
         copy.PhotometricInterpretation = "MONOCHROME2"  # palettes are looked up elsewhere
     copy.SOPClassUID = copy.file_meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
@@ -400,20 +415,43 @@ def _decode_through_itk(header: _Header) -> NDArray[Any]:
     return values.reshape((len(header.frames), *header.size, *colours))
 
 
-def _jpeg_size(frame: bytes) -> tuple[int, int] | None:
-    """The (height, width) that a JPEG states in its frame header (ITU T.81, B.2.2)."""
+def _jpeg_frames(header: _Header) -> list[bytes]:
+    """The compressed frames, once what they state of themselves is known to fit the file's header.
+
+    On damaged ones GDCM asks for all the memory that they state or ends the process, and CharLS computes for seconds.
+    """
+    import pydicom
+
+    stored = pydicom.dcmread(header.path, specific_tags=["PixelData"])
+    frames = list(pydicom.encaps.generate_frames(stored.PixelData, number_of_frames=len(header.frames)))
+    for frame in frames:
+        precision, height, width, samples = _jpeg_format(frame)
+        if (height, width, samples) != (*header.size, header.samples) or not 2 <= precision <= header.bits_allocated:
+            raise ValueError(
+                f"a frame is {width}x{height} with {samples} channels of {precision} bits, unlike the header"
+            )
+    return frames
+
+
+def _jpeg_format(frame: bytes) -> tuple[int, int, int, int]:
+    """(precision, height, width, channels) that a JPEG or JPEG-LS states in its frame header (ITU T.81, B.2.2)."""
     at = 2
-    while frame[at : at + 1] == b"\xff" and at + 9 <= len(frame):
+    while frame[at : at + 1] == b"\xff" and at + 10 <= len(frame):
         marker, length = frame[at + 1], int.from_bytes(frame[at + 2 : at + 4])
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return int.from_bytes(frame[at + 5 : at + 7]), int.from_bytes(frame[at + 7 : at + 9])
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            return (
+                frame[at + 4],
+                int.from_bytes(frame[at + 5 : at + 7]),
+                int.from_bytes(frame[at + 7 : at + 9]),
+                frame[at + 9],
+            )
         at += 2 + length
-    return None
+    raise ValueError("a frame is no JPEG")
 
 
 def _rescaled(stored: NDArray[Any], header: _Header, frame: _Frame, tags: Any) -> NDArray[Any]:
     """One frame in the units of its modality: whole numbers stay whole."""
-    from pydicom.pixels import apply_modality_lut
+    from pydicom.pixels.processing import apply_modality_lut
 
     if header.has_luts[0]:
         return apply_modality_lut(stored, tags)
@@ -429,7 +467,7 @@ def _windowed(values: NDArray[Any], header: _Header, frame: _Frame, tags: Any) -
 
     Source: DICOM PS3.3 C.11.2.1.2 and C.11.2.1.3, with 0..1 as the output range.
     """
-    from pydicom.pixels import apply_voi
+    from pydicom.pixels.processing import apply_voi
 
     if header.has_luts[1]:
         table = tags.VOILUTSequence[0]
@@ -534,12 +572,12 @@ def _place(path: Path, headers: Sequence[_Header]) -> tuple[list[int], Grid]:
         step = _even_step(path, positions[order], heights[order], normal)
     geometry = Geometry(
         (width, height, len(frames)),
-        (column_mm, row_mm, step),
+        (column_mm, row_mm, 1.0 if step is None else step),
         tuple(float(value) for value in positions[order[0]]),
         tuple(float(value) for value in np.column_stack([row, column, normal]).ravel()),
     )
     check_geometry(path, geometry)
-    return order, Grid(geometry)
+    return order, Grid(geometry, depth_known=step is not None)
 
 
 def _flat_geometry(height: int, width: int, frames: int, spacing: tuple[float, float]) -> Geometry:
@@ -585,8 +623,7 @@ def _even_step(path: Path, positions: NDArray[np.float64], heights: NDArray[np.f
 def _normal(orientation: tuple[float, ...] | None) -> NDArray[np.float64]:
     row, column = np.reshape(orientation or (1.0, 0.0, 0.0, 0.0, 1.0, 0.0), (2, 3))
     normal = np.cross(row, column)
-    length: np.float64 = np.linalg.norm(normal)
-    return normal / length if length > 0 else normal
+    return np.asarray(normal / max(float(np.linalg.norm(normal)), 1e-12))
 
 
 # ---------------------------------------------------------------------------------------------- headers
@@ -667,6 +704,7 @@ def _cached_header(name: str, modified_ns: int, n_bytes: int) -> _Header:
         path=path,
         syntax=str(dataset.file_meta.get("TransferSyntaxUID") or ""),
         series_uid=str(dataset.get("SeriesInstanceUID") or ""),
+        series_number=int(number) if (number := dataset.get("SeriesNumber")) not in (None, "") else None,
         instance=_whole(dataset, "InstanceNumber", 0),
         size=(height, width),
         samples=samples,
@@ -747,12 +785,20 @@ def _ultrasound_spacing(dataset: Any) -> tuple[float, ...] | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _slice_spacing(dataset: Any) -> float:
-    for keyword in ("SpacingBetweenSlices", "SliceThickness"):
-        value = _numbers(dataset.get(keyword), 1)
-        if value and np.isfinite(value[0]) and value[0] > 0:
-            return value[0]
-    return 1.0
+def _slice_spacing(dataset: Any) -> float | None:
+    places = [dataset]
+    for groups in ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"):
+        places += [
+            measures
+            for group in (dataset.get(groups) or [])[:1]
+            for measures in group.get("PixelMeasuresSequence") or []
+        ]
+    for place in places:
+        for keyword in ("SpacingBetweenSlices", "SliceThickness"):
+            value = _numbers(place.get(keyword), 1)
+            if value and np.isfinite(value[0]) and value[0] > 0:
+                return value[0]
+    return None
 
 
 def _padding(dataset: Any, allocated: int, *, signed: bool) -> tuple[int, int] | None:

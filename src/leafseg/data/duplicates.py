@@ -83,18 +83,19 @@ class Pair:
 def thumbnail(pixels: NDArray[Any]) -> NDArray[np.uint8]:
     """Pixels ``[H, W]`` or ``[H, W, 3]`` of any type as a grey picture ``[64, 64]``; its aspect ratio is not kept.
 
-    8-bit pixels keep their values; others are stretched from their 0.5th..99.5th percentile. Not finite ones become 0.
+    8-bit pixels keep their values; others are stretched from their 0.5th..99.5th percentile. NaN becomes 0.
     """
     from PIL import Image
 
     if pixels.dtype == np.bool_:
         pixels = pixels.astype(np.uint8) * np.uint8(255)
     elif pixels.dtype != np.uint8:
-        values = np.nan_to_num(pixels.astype(np.float32), posinf=0.0, neginf=0.0)
-        sparse = values[:: max(1, values.shape[0] // 256), :: max(1, values.shape[1] // 256)]
-        low, high = np.percentile(sparse, (0.5, 99.5))
-        scale = np.float32(255.0 / (high - low)) if high > low else np.float32(0.0)
-        pixels = ((values - np.float32(low)) * scale).clip(0, 255).astype(np.uint8)
+        with np.errstate(all="ignore"):  # damaged numbers overflow
+            sparse = pixels[:: max(1, pixels.shape[0] // 256), :: max(1, pixels.shape[1] // 256)].astype(np.float64)
+            sparse = sparse[np.isfinite(sparse)]
+            low, high = np.percentile(sparse, (0.5, 99.5)) if sparse.size else (0.0, 0.0)
+            values = (pixels.astype(np.float64) - low) * (255.0 / (high - low) if high > low else 0.0)
+        pixels = np.nan_to_num(values, posinf=0.0, neginf=0.0).clip(0, 255).astype(np.uint8)
     picture = Image.fromarray(np.ascontiguousarray(pixels)).convert("L")
     return np.asarray(picture.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX))
 

@@ -54,11 +54,13 @@ class Grid:
         geometry: complete; made up where the header states less.
         spacing_known: whether the distance of the pixels in a slice is stated.
         in_space: whether the slices are stated to lie in space; those of a video clip follow each other in time.
+        depth_known: False for a single slice that states no thickness: its third spacing is made up.
     """
 
     geometry: Geometry
     spacing_known: bool = True
     in_space: bool = True
+    depth_known: bool = True
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import gzip
 import os
+import shutil
+import struct
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +47,9 @@ from leafseg.data.geometry import (
 )
 from leafseg.errors import DataError, LeafsegError, last_line
 from leafseg.files import atomic_path
+
+if TYPE_CHECKING:
+    import tifffile
 
 __all__ = [
     "DICOM_SUFFIXES",
@@ -87,6 +92,10 @@ _PILLOW_FORMATS = tuple(
 )
 _PILLOW_GREY = ("L", "I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 _OPEN_LOCK = threading.Lock()
+_NRRD_LOCK = threading.Lock()
+_MAX_PAGES = 65_536  # of a TIFF
+_MAX_HEADER_LINES, _MAX_HEADER_BYTES = 5_000, 2**16  # of a NRRD, and of one of its lines
+_MAX_SCANS = 64  # of a progressive JPEG; encoders write about ten
 
 
 _MAX_DEFLATION = 1040  # zlib's own limit, by which a file may be shorter than its voxels
@@ -166,7 +175,7 @@ def read_mask(path: Path, frame: int | None = None, *, reading: Reading = LPS) -
                 )
             raw = raw[..., 0]
         if raw.dtype.kind == "f":
-            if not (np.isfinite(raw).all() and (raw == np.rint(raw)).all()):
+            if not (np.isfinite(raw).all() and (raw == np.rint(raw)).all() and (np.abs(raw) < 2**53).all()):
                 raise DataError(
                     f"{path}: the mask holds broken numbers; a mask holds whole label ids, save it as integers"
                 )
@@ -232,6 +241,8 @@ def pixel_spacing(path: Path, *, reading: Reading = LPS) -> tuple[float, float] 
         if not grid.spacing_known:
             return None
         cut = _cut(path, grid, reading)
+        if not grid.depth_known and cut.axes[0] != 0:  # seen edge-on
+            return None
         sides = grid.geometry.spacing_mm[::-1]
         return (sides[0], sides[1]) if len(sides) == 2 else (sides[cut.axes[1]], sides[cut.axes[2]])
 
@@ -245,6 +256,7 @@ class OrientedVolume:
         geometry: of the file as stored.
         spacing_known: False where the file states no spacing; ``spacing_mm`` is then None.
         in_space: False where the frames follow each other in time (a video clip): there is no third spacing.
+        depth_known: False for a single slice that states no thickness: its third spacing is made up.
     """
 
     voxels: NDArray[Any]
@@ -252,6 +264,7 @@ class OrientedVolume:
     spacing_known: bool
     _cut: Slicing
     in_space: bool = True
+    depth_known: bool = True
 
     @property
     def slices(self) -> int:
@@ -260,7 +273,7 @@ class OrientedVolume:
     @property
     def spacing_mm(self) -> tuple[float, float] | None:
         """(row, column) distance of a slice's pixels in mm."""
-        if not self.spacing_known:
+        if not self.spacing_known or (not self.depth_known and self._cut.axes[0] != 0):
             return None
         sides = (*((1.0,) if len(self.geometry.size) == 2 else ()), *self.geometry.spacing_mm[::-1])
         return sides[self._cut.axes[1]], sides[self._cut.axes[2]]
@@ -309,8 +322,15 @@ def read_volume(path: Path) -> tuple[NDArray[Any], Geometry]:
         return volume.voxels, volume.grid.geometry
 
 
-def write_volume(path: Path, array: NDArray[Any], geometry: Geometry) -> None:
+def write_volume(path: Path, array: NDArray[Any], geometry: Geometry, *, like: Path | None = None) -> None:
     """Write voxels ``[Z, Y, X]`` onto the grid of ``geometry``; the suffix decides the format.
+
+    Args:
+        path: the new file.
+        array: the voxels.
+        geometry: their grid.
+        like: a NIfTI file with that grid. A NIfTI file states its place in up to two forms, of which ITK reads one and
+            writes it as both; a NIfTI ``path`` gets both as ``like`` has them, other formats can hold only the one.
 
     Raises:
         DataError: if shape and geometry differ, the suffix is no volume's, or the system refuses to write.
@@ -327,11 +347,53 @@ def write_volume(path: Path, array: NDArray[Any], geometry: Geometry) -> None:
     image.SetSpacing(geometry.spacing_mm)
     image.SetOrigin(geometry.origin)
     image.SetDirection(geometry.direction)
+    own_place = None if like is None else _nifti_place(like)
     with atomic_path(path) as temporary:
         try:
-            SimpleITK.WriteImage(image, str(temporary), useCompression=not path.name.lower().endswith(".nii"))
+            if own_place is None or image_suffix(path) not in (".nii", ".nii.gz"):
+                SimpleITK.WriteImage(image, str(temporary), useCompression=not path.name.lower().endswith(".nii"))
+            elif image_suffix(path) == ".nii":
+                SimpleITK.WriteImage(image, str(temporary))
+                _set_nifti_place(temporary, own_place)
+            else:
+                plain = temporary.with_name(temporary.name[: -len(".gz")])
+                try:
+                    SimpleITK.WriteImage(image, str(plain))
+                    _set_nifti_place(plain, own_place)
+                    with plain.open("rb") as source, gzip.open(temporary, "wb", compresslevel=6) as target:
+                        shutil.copyfileobj(source, target, 2**20)
+                finally:
+                    plain.unlink(missing_ok=True)
         except RuntimeError as error:
             raise OSError(last_line(error)) from error
+
+
+# Where a NIfTI header says where its voxels lie (offset, types as in ``struct``): pixdim[0..3], xyzt_units, qform_code
+# and sform_code, then quatern_b to srow_z, which follow each other. Source: nifti1.h and nifti2.h of the standard.
+_NIFTI_PLACE = {
+    348: ((76, "4f"), (123, "B"), (252, "2h"), (256, "18f")),
+    540: ((104, "4d"), (500, "i"), (344, "2i"), (352, "18d")),
+}
+
+
+def _nifti_place(path: Path) -> list[tuple[Any, ...]] | None:
+    """What a NIfTI file states of its place, as in ``_NIFTI_PLACE``; None for its forerunner, ANALYZE 7.5."""
+    with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as stream:
+        header = stream.read(540)
+    order = "<" if header[:4] in (n.to_bytes(4, "little") for n in _NIFTI_PLACE) else ">"
+    size = int(struct.unpack_from(f"{order}i", header)[0])
+    magic = header[344:347] if size == 348 else header[4:7]
+    if size not in _NIFTI_PLACE or magic not in (b"n+1", b"n+2"):
+        return None
+    return [struct.unpack_from(f"{order}{types}", header, offset) for offset, types in _NIFTI_PLACE[size]]
+
+
+def _set_nifti_place(path: Path, place: list[tuple[Any, ...]]) -> None:
+    """Change the header of an uncompressed NIfTI-1 file, which ITK writes in this machine's byte order."""
+    with path.open("r+b") as stream:
+        for (offset, types), values in zip(_NIFTI_PLACE[348], place, strict=True):
+            stream.seek(offset)
+            stream.write(struct.pack(f"={types}", *values))
 
 
 def write_png(path: Path, array: NDArray[Any]) -> None:
@@ -395,6 +457,11 @@ def _open(path: Path) -> Iterator[Image.Image]:
     with path.open("rb") as stream, _opened(stream) as image:
         if image.width * image.height > MAX_PIXELS:  # an application may have raised Pillow's limit
             raise Image.DecompressionBombError
+        if image.format in ("JPEG", "MPO") and image.info.get("progressive"):
+            # Each scan of a few bytes costs a pass over the whole image, and a file may state thousands.
+            scans = path.read_bytes().count(b"\xff\xda")
+            if scans > _MAX_SCANS:
+                raise DataError(f"{path}: the JPEG has {scans} scans, at most {_MAX_SCANS} are read; save it again")
         yield image
 
 
@@ -472,12 +539,21 @@ def _tiff_page_count(path: Path) -> int:
 
     try:
         with tifffile.TiffFile(path) as tiff:
-            pages = len(tiff.pages)
+            pages = _page_total(path, tiff)
     except tifffile.TiffFileError as error:
         raise UnidentifiedImageError from error
     if not pages:
         raise UnidentifiedImageError
     return pages
+
+
+def _page_total(path: Path, tiff: tifffile.TiffFile) -> int:
+    """How many pages tifffile finds, which would follow a chain of pages that runs in a circle for ever."""
+    try:
+        tiff.pages[_MAX_PAGES]
+    except IndexError:
+        return len(tiff.pages)
+    raise DataError(f"{path}: has more than {_MAX_PAGES:,} pages, or their chain runs in a circle; export it again")
 
 
 def _read_tiff(path: Path, frame: int | None) -> NDArray[Any]:
@@ -488,7 +564,7 @@ def _read_tiff(path: Path, frame: int | None) -> NDArray[Any]:
     except tifffile.TiffFileError as error:
         raise UnidentifiedImageError from error
     with tiff_file as tiff:
-        page = tiff.pages[_check_frame(path, frame, len(tiff.pages))]
+        page = tiff.pages[_check_frame(path, frame, _page_total(path, tiff))]
         if not isinstance(page, tifffile.TiffPage):  # a TiffFrame is only made on request
             raise TypeError(type(page).__name__)
         if page.imagelength * page.imagewidth > MAX_PIXELS:
@@ -586,9 +662,11 @@ def _itk_geometry(path: Path) -> tuple[Geometry, int]:
     import SimpleITK
 
     SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)  # ITK would write to stderr beside the exception
+    _check_text_header(path)
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(str(path))
-    reader.ReadImageInformation()
+    with _turn(path):
+        reader.ReadImageInformation()
     axes = len(reader.GetSize())
     size = tuple(int(side) for side in reader.GetSize())
     while len(size) > 3 and size[-1] == 1:  # NIfTI may state a time axis of one
@@ -598,6 +676,8 @@ def _itk_geometry(path: Path) -> tuple[Geometry, int]:
             f"{path}: the volume has {axes} axes and {reader.GetNumberOfComponents()} channels; one channel and at "
             "most 3 axes are accepted, split it"
         )
+    if 0 in size:
+        raise DataError(f"{path}: the volume is {_shape(size)} and holds no voxels; export it again")
     if int(np.prod(size, dtype=object)) > MAX_VOXELS:
         raise DataError(f"{path}: the volume is {_shape(size)}; at most {MAX_VOXELS:,} voxels are read, crop it")
     n = len(size)
@@ -636,6 +716,25 @@ def _check_nifti(path: Path, reader: Any, axes: int) -> None:
         )
 
 
+def _turn(path: Path) -> AbstractContextManager[Any]:
+    """ITK's NRRD library collects its errors in one place: two threads with damaged files crash the process."""
+    return _NRRD_LOCK if path.name.lower().endswith(".nrrd") else nullcontext()
+
+
+def _check_text_header(path: Path) -> None:
+    """ITK takes time with the square of a NRRD header's lines: a hundred thousand take minutes."""
+    if not path.name.lower().endswith(".nrrd"):
+        return
+    lines = 0
+    with path.open("rb") as stream:
+        if stream.readline(16)[:4] != b"NRRD":
+            return  # ITK says what is wrong with it
+        while lines <= _MAX_HEADER_LINES and stream.readline(_MAX_HEADER_BYTES).strip(b"\r\n"):
+            lines += 1
+    if lines > _MAX_HEADER_LINES:
+        raise DataError(f"{path}: its header has more than {_MAX_HEADER_LINES:,} lines; export it again")
+
+
 def _itk_voxel_bytes(reader: Any) -> int:
     import SimpleITK
 
@@ -649,7 +748,8 @@ def _read_with_itk(path: Path) -> Volume:
     geometry, n_bytes = _itk_geometry(path)
     if path.name.lower().endswith(".gz"):
         _check_gzip(path, n_bytes)
-    image = SimpleITK.ReadImage(str(path))
+    with _turn(path):
+        image = SimpleITK.ReadImage(str(path))
     voxels = SimpleITK.GetArrayFromImage(image)
     voxels = voxels.reshape((*((1,) if len(geometry.size) == 2 else ()), *reversed(geometry.size)))
     voxels.flags.writeable = False
@@ -671,7 +771,9 @@ def _check_gzip(path: Path, n_bytes: int) -> None:
 def _oriented(path: Path, reading: Reading, *, as_mask: bool = False) -> OrientedVolume:
     volume = _volume(path, window=reading.dicom_window and not as_mask, as_mask=as_mask)
     grid, cut = volume.grid, _cut(path, volume.grid, reading)
-    return OrientedVolume(cut.apply(volume.voxels), grid.geometry, grid.spacing_known, cut, grid.in_space)
+    return OrientedVolume(
+        cut.apply(volume.voxels), grid.geometry, grid.spacing_known, cut, grid.in_space, grid.depth_known
+    )
 
 
 def _cut(path: Path, grid: Grid, reading: Reading) -> Slicing:
@@ -700,22 +802,20 @@ def _ome_spacing(path: Path) -> tuple[float, float] | None:
     """The physical size that the metadata of an OME-TIFF states; without a unit it is in micrometres."""
     import tifffile
 
+    sides = []
     try:
         with tifffile.TiffFile(path) as tiff:
             text = tiff.ome_metadata
-    except tifffile.TiffFileError as error:
-        raise UnidentifiedImageError from error
-    if not text:
+        image = tifffile.xml2dict(text).get("OME", {}).get("Image", {}) if text else {}
+        pixels = (image[0] if isinstance(image, list) else image).get("Pixels", {})
+        for axis in ("Y", "X"):
+            size = pixels.get(f"PhysicalSize{axis}")
+            unit = _OME_UNIT_MM.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
+            if size is None or unit is None:
+                return None
+            sides.append(float(size) * unit)
+    except Exception:  # Pillow reads what tifffile, or the metadata's parser, does not: then there are none
         return None
-    image = tifffile.xml2dict(text).get("OME", {}).get("Image", {})
-    pixels = (image[0] if isinstance(image, list) else image).get("Pixels", {})
-    sides = []
-    for axis in ("Y", "X"):
-        size = pixels.get(f"PhysicalSize{axis}")
-        unit = _OME_UNIT_MM.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
-        if size is None or unit is None:
-            return None
-        sides.append(float(size) * unit)
     if not all(np.isfinite(side) and side > 0 for side in sides):
         raise DataError(f"{path}: its OME metadata state pixels of {sides[0]:g} x {sides[1]:g} mm; correct them")
     return sides[0], sides[1]

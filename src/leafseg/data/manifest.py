@@ -56,6 +56,7 @@ _LABEL_COLUMN = "mask."
 _LABELS_FILE = "labels.json"
 _THREADS = 4
 _SHOWN = 5  # names listed of each kind of problem
+_LONGEST_PATH, _LONGEST_NUMBER, _LONGEST_WORD = 1000, 10, 60  # characters
 _FULL_SCALE = (128, 254, 255)  # beside ids 1, 2, ...: ignore label, or soft edge?
 # Files that somebody meant as data; a README.txt in the folder is nobody's mistake.
 _UNSUPPORTED = (
@@ -594,39 +595,44 @@ def _csv_rows(path: Path, *, require_masks: bool) -> tuple[list[_Row], list[Prob
     table = read_csv(path)
     if table and "image" not in table[0]:
         raise DataError(
-            f"{path}: no column 'image' among {', '.join(table[0])}; columns are image, mask (or one mask.LABEL each), "
-            "frame, mask_frame, group, part"
+            f"{path}: no column 'image' among {_listed(map(_cut, table[0]))}; columns are image, mask (or one "
+            "mask.LABEL each), frame, mask_frame, group, part"
         )
     if not table:
         raise DataError(f"{path}: no rows; a manifest has a header with the column 'image' and one line a sample")
     labels = [column.removeprefix(_LABEL_COLUMN) for column in table[0] if column.startswith(_LABEL_COLUMN)]
     if "" in labels or (labels and "mask" in table[0]):
         raise DataError(
-            f"{path}: has the columns {', '.join(table[0])}; give one column 'mask', or for overlapping labels one "
-            "'mask.LABEL' for each and no 'mask'"
+            f"{path}: has the columns {_listed(map(_cut, table[0]), shown=12)}; give one column 'mask', or for "
+            "overlapping labels one 'mask.LABEL' for each and no 'mask'"
         )
     rows: list[_Row] = []
     missing_mask: list[str] = []
     bad_frame: list[str] = []
     bad_part: list[str] = []
     no_image: list[str] = []
+    too_long: list[str] = []
     for line, cells in enumerate(table, start=2):
         if not cells["image"]:
             no_image.append(f"line {line}")
             continue
+        if any(len(text) > _LONGEST_PATH for text in cells.values()):
+            too_long.append(f"line {line}")
+            continue
         frames: list[int | None] = []
         for column in ("frame", "mask_frame"):
             text = cells.get(column, "")
-            if text and not (text.isascii() and text.isdigit()):
-                bad_frame.append(f"line {line}: {text!r}")
-            frames.append(int(text) if text.isascii() and text.isdigit() else None)
+            number = text.isascii() and text.isdigit() and len(text) < _LONGEST_NUMBER
+            if text and not number:
+                bad_frame.append(f"line {line}: {_cut(text)!r}")
+            frames.append(int(text) if number else None)
         mask = cells.get("mask", "")
         stated = [label for label in labels if cells.get(_LABEL_COLUMN + label)]
         if (stated or require_masks) if len(stated) < len(labels) else require_masks and not mask and not labels:
             missing_mask.append(f"line {line}: {cells['image']}")
         part = cells.get("part", "")
         if part and part not in (*PARTS, UNUSED):
-            bad_part.append(f"line {line}: {part!r}")
+            bad_part.append(f"line {line}: {_cut(part)!r}")
         rows.append(
             _Row(
                 image=path.parent / cells["image"],
@@ -656,6 +662,10 @@ def _csv_rows(path: Path, *, require_masks: bool) -> tuple[list[_Row], list[Prob
         *_problem(
             missing_mask, "row has no mask", "rows have no mask", f"fill in {_mask_columns(labels)}",
             kind="missing-mask",
+        ),
+        *_problem(
+            too_long, "row has a cell beyond 1,000 characters", "rows have cells beyond 1,000 characters",
+            "cells hold paths and short names",
         ),
         *_problem(bad_frame, "frame is no number", "frames are no numbers", "frames are counted from 0"),
         *_problem(bad_part, "part is unknown", "parts are unknown", f"parts are {', '.join(PARTS)} and {UNUSED}"),
@@ -1044,6 +1054,12 @@ def _label_map(data: Path, present: set[int], names: Mapping[int, str] | None, s
             f"{data}: the masks hold {listed}, a mixture of label ids and special values that can be read in "
             f"more than one way; {way_out}, or rewrite the masks with ids 0, 1, 2"
         )
+    if 0 not in values:
+        raise DataError(
+            f"{data}: the masks hold {listed} but no 0, so nothing says which value is the background; name the "
+            "classes with data.label_names (0 is then the background), or set "
+            f"--set data.foreground_labels=[{values[-1]}] or whichever are meant"
+        )
     found = tuple("background" if value == 0 else f"class {value}" for value in values)
     return LabelMap(tuple((value, index) for index, value in enumerate(values)), found, ignore=ignore)
 
@@ -1077,7 +1093,9 @@ def _stored_parts(path: Path, samples: Sequence[Sample], fold: int | None) -> li
     for sample in samples:
         # Content first: a renamed file keeps its part, and a name that was reused does not inherit one.
         row = by_key.get(("sha256", sample.sha256)) or by_key.get(("name", sample.name))
-        if row is None:
+        if row is None and sample.part == UNUSED:  # the data leave it out already, and so did who made the split
+            placed.append(sample)
+        elif row is None:
             uncovered.append(sample.name)
         else:
             part, its_fold = _place(row, fold)
@@ -1193,6 +1211,11 @@ def _refuse(source: Path, problems: Sequence[Problem | str]) -> None:
     known = [Problem(problem) if isinstance(problem, str) else problem for problem in problems]
     if known:
         raise ManifestError(f"{source}: {'; '.join(problem.text for problem in known)}", known)
+
+
+def _cut(word: str) -> str:
+    """A word of the user's as it fits into a sentence."""
+    return word if len(word) <= _LONGEST_WORD else f"{word[:_LONGEST_WORD]}..."
 
 
 def _listed(names: Iterable[str], shown: int = _SHOWN) -> str:

@@ -1,7 +1,7 @@
 """New splits: by file or by group, stratified, in shares or in folds; and group ids that lead back to nobody.
 
-Samples that share a group or their content are one block, and a block is never torn. Blocks are ordered by content and
-then shuffled by the seed: neither file names, nor their order, nor the groups' names change a split.
+Samples that share a group, a file or their content are one block, and a block is never torn. Blocks are ordered by
+content and then shuffled by the seed: neither file names, nor their order, nor the groups' names change a split.
 """
 
 from __future__ import annotations
@@ -346,7 +346,9 @@ def _blocks(samples: Sequence[Sample], words: Sequence[str], seed: int) -> list[
 
     first: dict[tuple[str, str], int] = {}
     for index, sample in enumerate(samples):
-        for key in (("content", sample.sha256), ("group", sample.group or "")):
+        # A table may give the slices of one volume different groups; they are still one body.
+        file = "" if sample.frame is None else str(sample.image)
+        for key in (("content", sample.sha256), ("group", sample.group or ""), ("file", file)):
             if key[1]:
                 parent[root(index)] = root(first.setdefault(key, index))
     members: dict[int, list[int]] = defaultdict(list)

@@ -216,7 +216,8 @@ def _bounds_to_unit(pixels: NDArray[Any], low: float, high: float) -> NDArray[np
     if not high > low:
         return np.zeros(pixels.shape, dtype=np.float32)
     # float64: the difference of two large float32 values would lose the contrast of a narrow window
-    scaled = (pixels.astype(np.float64) - low) / (high - low)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        scaled = (pixels.astype(np.float64) - low) / (high - low)
     return np.nan_to_num(np.clip(scaled, 0.0, 1.0), nan=0.0).astype(np.float32)
 
 

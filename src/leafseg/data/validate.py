@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from leafseg.data.duplicates import Pair, near_duplicates, thumbnail
 from leafseg.data.geometry import Geometry, Reading
-from leafseg.data.images import is_volume, read_mask, read_volume
+from leafseg.data.images import is_volume, pixel_spacing, read_mask, read_volume
 from leafseg.data.manifest import IGNORE, PARTS, Collected, LabelMap, Manifest, Sample, collect
 from leafseg.errors import DataError
 
@@ -245,12 +245,13 @@ def check_data(
     )
     seen = {files[0]: look for files, look in looks.items() if files[0] not in collected.unusable}
     samples = _Samples(collected, seen)
-    findings = [*_problem_findings(collected)]
+    duplicates = [*_duplicate_findings(samples)]
+    findings = [*_problem_findings(collected, known={"duplicate-across-parts"} & {f.id for f in duplicates})]
     findings += _geometry_findings(samples)
     findings += _pixel_findings(samples, settings)
     findings += _label_findings(samples)
     findings += _part_findings(samples)
-    findings += _duplicate_findings(samples)
+    findings += duplicates
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     good = not any(finding.severity == "error" for finding in findings)
     return DataCheck(
@@ -288,6 +289,7 @@ class _FileLook:
         self._most_contrast = -1.0
         self.pixels_of: dict[tuple[Path, int | None], Mapping[int, int]] = {}
         self.geometries: dict[Path, Geometry] = {}
+        self._placed: set[Path] = set()
         self._content = hashlib.sha256()
 
     @property
@@ -340,8 +342,13 @@ class _FileLook:
         self.pixels_of[path, frame] = pixels_of
 
     def _note_geometry(self, path: Path) -> None:
-        if path not in self.geometries and is_volume(path):
+        if path in self._placed:
+            return
+        self._placed.add(path)
+        if is_volume(path):
             self.geometries[path] = read_volume(path)[1]  # was read just now, so that it comes from the cache
+        else:
+            pixel_spacing(path)  # raises for a spacing that an evaluation would stumble over
 
 
 class _Samples:
@@ -406,8 +413,11 @@ class _Samples:
 # --- what the listing and the opening found -------------------------------------------------------------------------
 
 
-def _problem_findings(collected: Collected) -> Iterator[Finding]:
+def _problem_findings(collected: Collected, *, known: set[str]) -> Iterator[Finding]:
+    """What stands against the data already; ``known`` kinds were found in more detail."""
     for problem in collected.problems:
+        if problem.kind in known:
+            continue
         names: Sequence[Item] = [Item((name,)) for name in problem.names]
         if problem.kind in ("unreadable", "size-mismatch"):
             names = [
@@ -416,13 +426,14 @@ def _problem_findings(collected: Collected) -> Iterator[Finding]:
                 if kind == problem.kind
             ]
         message = problem.text
+        if len(names) > 1 and problem.kind == "unreadable":
+            texts = [Item((), item.text) for item in names]
+            message = _sentence(texts, "file is unusable", "files are unusable", "replace or remove them")
         if problem.kind == "group-across-parts":  # groups may be patients' names: the files say which are meant
             names = [*_torn_groups(collected)]
             message = _sentence(
                 names, "group lies in two parts", "groups lie in two parts", "give all of a group one part"
             )
-        if problem.kind == "duplicate-across-parts":
-            continue  # found again below, with its files
         yield Finding("error", problem.kind, message, tuple(names))
 
 
@@ -779,13 +790,14 @@ def _finding(
 
 
 def _sentence(items: Sequence[Item], singular: str, plural: str, remedy: str) -> str:
-    shown = "; ".join(
-        " = ".join(item.files[:3]) + (f" and {len(item.files) - 3} more" if len(item.files) > 3 else "")
-        + (f": {item.text}" if item.text else "")
-        for item in items[:_SHOWN]
-    )  # fmt: skip
+    shown = "; ".join(_case(item) for item in items[:_SHOWN])
     rest = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
     return f"{len(items)} {singular if len(items) == 1 else plural} ({shown}{rest}), {remedy}"
+
+
+def _case(item: Item) -> str:
+    names = " = ".join(item.files[:2]) + (f" and {len(item.files) - 2} more" if len(item.files) > 2 else "")
+    return ": ".join(part for part in (names, item.text) if part)
 
 
 def _raw_values(look: _FileLook, sample: Sample) -> set[int]:

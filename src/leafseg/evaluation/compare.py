@@ -30,7 +30,7 @@ FALSE_POSITIVE = "false_positive_rate"
 COMPARED: Mapping[str, str] = {**METRICS, FALSE_POSITIVE: "false-positive rate"}
 LOWER_IS_BETTER = (*DISTANCES, FALSE_POSITIVE)
 
-_NEEDED = ("name", "label", "sha256", "empty", "predicted_pixels")
+_NEEDED = ("name", "label", "sha256", "empty", "truth_pixels", "predicted_pixels")
 _TIE = 1e-6  # the tables hold six digits
 _SHOWN = 5
 
@@ -45,6 +45,7 @@ class Measured:
     group: str
     values: Mapping[str, float]
     missed: bool
+    truth_pixels: int
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,12 @@ def compare(first: StoredEvaluation, second: StoredEvaluation, *, names: tuple[s
         shared = [key for key in one if key in two]
         if not shared:
             raise DataError(f"{second.folder}: shares no image with {first.folder}; evaluate both on the same data")
+        differing = next((one[key].name for key in shared if one[key].truth_pixels != two[key].truth_pixels), None)
+        if differing is not None:
+            raise DataError(
+                f"{second.folder}: its truth of {differing!r} ({label}) is not that of {first.folder}; masks or their "
+                "reading changed in between, evaluate both again with equal data settings"
+            )
         for names_of, mine, other in ((only[0], one, two), (only[1], two, one)):
             names_of |= {measured.name for key, measured in mine.items() if key not in other}
         missed[label] = [sum(side[key].missed for key in shared) for side in (one, two)]
@@ -257,7 +264,7 @@ def _measured(row: Mapping[str, str]) -> Measured:
         raise ValueError("a figure is not finite")
     if empty:
         values[FALSE_POSITIVE] = float(found)
-    return Measured(row["name"], row.get("group") or "", values, missed=not empty and not found)
+    return Measured(row["name"], row.get("group") or "", values, not empty and not found, int(row["truth_pixels"]))
 
 
 def _check_same_data(first: StoredEvaluation, second: StoredEvaluation) -> None:

@@ -419,6 +419,13 @@ def _check_classes(segmenter: Segmenter, manifest: Manifest) -> None:
             f"{len(known)} ({', '.join(known)}); evaluate on data of the same classes, "
             "or choose the foreground with --set data.foreground_labels=[1]"
         )
+    # Classes are matched by place, so that unnamed data can be evaluated; names that moved would swap the figures.
+    moved = [name for place, name in enumerate(names) if name in known and known[place] != name]
+    if moved:
+        raise DataError(
+            f"{manifest.root}: the masks' classes are {', '.join(names)}, the model's are {', '.join(known)}; "
+            f"{moved[0]} has another place, give the data's classes in the model's order"
+        )
 
 
 def _shared_reading(segmenter: Segmenter, manifest: Manifest) -> Reading:
@@ -473,8 +480,8 @@ class _Stacks:
         path = compared.sample.image
         if path not in self._missing:
             return
-        # The probabilities are not needed again, and are most of the memory.
-        self._slices.setdefault(path, []).append(replace(compared, probability=compared.probability[:0]))
+        # The probabilities are not needed again, and are most of the memory; a slice of them would keep them all.
+        self._slices.setdefault(path, []).append(replace(compared, probability=torch.empty(0)))
         self._missing[path] -= 1
         if self._missing[path] == 0:
             self._measure(path, self._slices.pop(path))

@@ -253,6 +253,8 @@ def _caveats(evaluation: Evaluation) -> Iterator[str]:
     images = len({row.name for row in evaluation.rows})
     if summary.get("selected_on_test"):
         yield "The evaluated part also chose the checkpoint of the model: these figures are optimistic."
+    if summary.get("part") == "validation":
+        yield "The validation part usually chose the checkpoint of the model, which makes figures on it optimistic."
     if summary.get("part") in ("train", "all"):
         yield "The evaluated images may include some that the model was trained on, which makes figures optimistic."
     groups = summary.get("groups")

@@ -35,6 +35,18 @@ _TYPES_OF_CATEGORY = {
     "PhysicalObject": "cid7193",
     "Substance": "cid7198",
 }
+# Usual names of labels that those lists know under another one.
+_ALIASES = {
+    "tumor": "neoplasm",
+    "tumour": "neoplasm",
+    "lesions": "lesion",
+    "vessel": "bloodvessel",
+    "vessels": "bloodvessel",
+    "lungs": "lung",
+    "kidneys": "kidney",
+    "haemorrhage": "hemorrhage",
+    "oedema": "edema",
+}
 
 
 @dataclass(frozen=True)
@@ -133,6 +145,7 @@ def default_codes(name: str) -> SegmentCodes:
     from pydicom.sr.codedict import codes
 
     wanted = "".join(c for c in name.lower() if c.isalnum()).replace("grey", "gray")
+    wanted = _ALIASES.get(wanted, wanted)
     for category, context in _TYPES_OF_CATEGORY.items():
         group = getattr(codes, context)
         for keyword in group.dir():
@@ -259,7 +272,7 @@ def _complete(dataset: Any, source: Path, *, slice_mm: float) -> None:
         measures.SliceThickness = slice_mm
 
 
-def _character_set(names: Sequence[str], codes: Mapping[str, SegmentCodes]) -> dict[str, str]:
+def _character_set(names: Sequence[str], codes: Mapping[str, SegmentCodes]) -> dict[str, Any]:
     """UTF-8 where texts of ours need it: in the source's character set they could become question marks."""
     ours = [*names]
     for code in codes.values():

@@ -110,7 +110,9 @@ def _checked(
         said = "; ".join(errors[:_SHOWN_ERRORS])
         more = f"; and {len(errors) - _SHOWN_ERRORS} more kinds of error" if len(errors) > _SHOWN_ERRORS else ""
         where = "" if said.startswith(str(data)) else f"{data}: "
-        raise DataError(f"{where}{said}{more} (`leafseg data check {shlex.quote(str(data))}` lists every case)")
+        # Where there is nothing to look at, there is nothing more to show.
+        hint = f" (`leafseg data check {shlex.quote(str(data))} --out DIR` shows every case)" if data.exists() else ""
+        raise DataError(f"{where}{said}{more}{hint}")
     for finding in done.findings:
         if finding.severity == "warning":
             log.warning("warning: %s: %s", finding.id, finding.message)
