@@ -26,6 +26,7 @@ from leafseg.data.transforms import augment, draw_augmentation
 from leafseg.errors import CheckpointError, ConfigError, DataError
 from leafseg.pipeline import LeafPipeline
 from leafseg.runs import best_checkpoint, checkpoint_folder, checkpoint_steps
+from leafseg.training import loading
 from leafseg.training.leaf_task import LeafTask
 from leafseg.training.tracking import read_metrics
 from leafseg.training.trainer import TrainingResult, learning_rate, train
@@ -284,17 +285,26 @@ def test_an_image_that_breaks_after_the_check_ends_in_one_sentence(
     for sample in manifest.part("train").samples:
         sample.image.write_bytes(sample.image.read_bytes()[:60])
     task = LeafTask(settings, manifest)
+    others = {child.pid for child in multiprocessing.active_children()}
     with pytest.raises(DataError) as caught:
         train(task, settings.training, tmp_path / "run", record=task.record(), workers=workers)
     assert str(caught.value).startswith(str(tmp_path / "data" / "images"))
     assert "\n" not in str(caught.value)
-    # The traceback in hand keeps the loading process alive; at exit Python ends it like this, and waits.
-    for child in multiprocessing.active_children():
-        child.terminate()
-        child.join(30)
-        ended = not child.is_alive()
-        child.kill()
-        assert ended
+    # The traceback in hand keeps the loader alive, but not its process, for which Python would wait at exit.
+    assert {child.pid for child in multiprocessing.active_children()} <= others
+
+
+def test_a_process_that_no_longer_listens_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_PATIENCE", 0.1)
+    spawn = multiprocessing.get_context("spawn")
+    before = spawn.Process(target=time.sleep, args=(600,))
+    before.start()
+    with loading.none_left_behind(), loading.signals_held_back():  # and nothing in this one takes them
+        spawn.Process(target=time.sleep, args=(600,)).start()
+    assert before in multiprocessing.active_children()
+    before.kill()
+    before.join(30)
+    assert not multiprocessing.active_children()
 
 
 def test_a_loading_process_that_dies_ends_in_one_sentence(train_tiny: Train, data: Path, tmp_path: Path) -> None:

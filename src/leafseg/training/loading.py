@@ -10,11 +10,12 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
+from multiprocessing import active_children, resource_tracker
 
 from leafseg.errors import DataError
 
 _HELD_BACK = (signal.SIGINT, signal.SIGTERM)
+_PATIENCE = 5.0  # seconds
 _CAN_HOLD_BACK = hasattr(signal, "sigwaitinfo")  # not on macOS
 
 
@@ -34,6 +35,24 @@ def signals_held_back(wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def none_left_behind() -> Iterator[None]:
+    """End the processes that the block started and that did not end with it.
+
+    Python waits at exit for every process of its own, for ever. One that no longer listens to SIGTERM (its interpreter
+    is ending, and stuck) would turn the end of a training into a hang; and a traceback in hand keeps loaders alive.
+    """
+    before = {process.pid for process in active_children()}
+    try:
+        yield
+    finally:
+        for process in active_children():
+            if process.pid not in before:
+                process.terminate()
+                process.join(_PATIENCE)
+                process.kill()
 
 
 def obey_the_trainer_alone(_worker: int) -> None:

@@ -21,7 +21,7 @@ from leafseg.config import TrainingSettings
 from leafseg.data.dataset import PositionSampler
 from leafseg.errors import CheckpointError, ConfigError
 from leafseg.training.checkpoint import TrainerState, open_checkpoint
-from leafseg.training.loading import obey_the_trainer_alone, signals_held_back
+from leafseg.training.loading import none_left_behind, obey_the_trainer_alone, signals_held_back
 from leafseg.training.optimizers import make_optimizer
 from leafseg.training.precision import resolve_precision
 from leafseg.training.task import TrainingTask, Validation
@@ -139,13 +139,17 @@ class Session:
             pin_memory=self.device.type == "cuda",
         )
         parts = []
-        with signals_held_back(self._workers > 0):
-            iterator = iter(loader)
-        for batch in iterator:
-            parts.append({k: v.to(self.device, non_blocking=True) for k, v in batch.items()})
-            if len(parts) == self._micro_steps:
-                yield parts
-                parts = []
+        with none_left_behind():
+            with signals_held_back(self._workers > 0):
+                iterator = iter(loader)
+            try:
+                for batch in iterator:
+                    parts.append({k: v.to(self.device, non_blocking=True) for k, v in batch.items()})
+                    if len(parts) == self._micro_steps:
+                        yield parts
+                        parts = []
+            finally:
+                del iterator  # asks its processes to end, and waits some seconds for each
 
     def backward(self, parts: list[dict[str, Tensor]], at_step: int) -> dict[str, float]:
         """Gradients of one optimizer step; the mean of each loss part over its micro-batches and processes."""
