@@ -53,6 +53,7 @@ def none_left_behind() -> Iterator[None]:
                 process.terminate()
                 process.join(_PATIENCE)
                 process.kill()
+                process.join(_PATIENCE)
 
 
 def obey_the_trainer_alone(_worker: int) -> None:
