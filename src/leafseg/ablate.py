@@ -19,11 +19,12 @@ from typing import Any
 
 from leafseg.config import Settings, override_settings
 from leafseg.data.manifest import Manifest, load_manifest, save_split
+from leafseg.ensemble import load_single
 from leafseg.errors import ConfigError, LeafsegError
 from leafseg.evaluation.ablation_report import normalised, write_report
 from leafseg.evaluation.evaluate import evaluate
 from leafseg.files import append_line, read_json, write_json_atomic
-from leafseg.predict import load_segmenter, out_is_usable
+from leafseg.predict import out_is_usable
 from leafseg.runs import RUN_FILE, SPLIT_FILE
 
 log = logging.getLogger(__name__)
@@ -280,7 +281,7 @@ def _train_and_evaluate(
         return None
     evaluations = {}
     for steps in inference_steps:
-        segmenter = load_segmenter(str(folder), num_inference_steps=steps)
+        segmenter = load_single(str(folder), num_inference_steps=steps)
         evaluation = evaluate(segmenter, manifest.part(part))
         evaluation.save(folder / f"evaluation-{part}-{steps}")
         evaluations[str(steps)] = {

@@ -92,6 +92,11 @@ class WeightsKind(StrEnum):
     fp32 = "fp32"
 
 
+class Model(StrEnum):
+    leaf = "leaf"
+    unet = "unet"
+
+
 class Resume(StrEnum):
     no = "no"
     auto = "auto"
@@ -102,7 +107,10 @@ TimestepsOption = Annotated[
     Timesteps | None,
     typer.Option(help="Which timesteps several steps visit: from the last one on, or the released code's."),
 ]
-NoiseOption = Annotated[NoiseKind, typer.Option(help="Starting noise: gaussian (keyed per image) or zeros.")]
+NoiseOption = Annotated[
+    NoiseKind | None,
+    typer.Option(help="Starting noise: gaussian (keyed per image) or zeros; default: the model's own."),
+]
 SamplesOption = Annotated[int, typer.Option("--samples", min=1, help="Noise draws an image, averaged.")]
 PrecisionOption = Annotated[PrecisionKind, typer.Option(help="auto: bf16 where the hardware multiplies in it.")]
 
@@ -114,6 +122,9 @@ def train(
         Path | None, typer.Option(help="Run folder: checkpoints, logs, the split; not needed for --dry-run.")
     ] = None,
     preset: Annotated[str, typer.Option(help="See `leafseg presets`.")] = "leaf-tiny",
+    model: Annotated[
+        Model | None, typer.Option(help="leaf, or unet: the baseline (model.baseline), on the same terms.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings on top of the preset.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Budget in optimizer steps.")] = None,
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Budget in minutes of wall time.")] = None,
@@ -137,7 +148,7 @@ def train(
 
     if out is None and not dry_run:
         raise ConfigError("no --out: name the run's folder, or add --dry-run to see what the training would take")
-    dotted = _with_training_options(overrides, steps=steps, minutes=minutes, seed=seed, modality=modality)
+    dotted = _with_training_options(overrides, steps=steps, minutes=minutes, seed=seed, modality=modality, model=model)
     settings = load_settings(preset, file=config, overrides=dotted)
     if dry_run or out is None:
         from leafseg.training.dry_run import describe
@@ -175,7 +186,7 @@ def evaluate(
     split_file: SplitFile = None,
     steps: StepsOption = None,
     timesteps: TimestepsOption = None,
-    noise: NoiseOption = NoiseKind.gaussian,
+    noise: NoiseOption = None,
     samples: SamplesOption = 1,
     precision: PrecisionOption = PrecisionKind.fp32,
     tolerance: Annotated[
@@ -206,18 +217,19 @@ def evaluate(
         model,
         num_inference_steps=steps,
         timesteps=timesteps.value if timesteps else None,
-        noise=noise.value,
+        noise=noise.value if noise else None,
         num_samples=samples,
         precision=precision.value,
     )
     part, result = _evaluated(
         segmenter, model, data, split, split_file=split_file, overrides=overrides, tolerance=tolerance
     )
-    result.summary.update(precision=precision.value, noise=noise.value, samples=samples)
+    result.summary.update(precision=precision.value, samples=samples)
     pipeline = getattr(segmenter, "pipeline", None)  # an ensemble has several
     if pipeline is not None:
         result.summary["steps"] = steps or int(pipeline.config["num_inference_steps"])
         result.summary["timesteps"] = timesteps.value if timesteps else pipeline.config["timesteps"]
+        result.summary["noise"] = noise.value if noise else pipeline.config["noise"]
     command = result.summary["command"] = shlex.join(["leafseg", *sys.argv[1:]])
     result.save(folder)
     unit = result.summary["distance_unit"]
@@ -352,7 +364,7 @@ def predict(
     ] = Format.auto,
     steps: StepsOption = None,
     timesteps: TimestepsOption = None,
-    noise: NoiseOption = NoiseKind.gaussian,
+    noise: NoiseOption = None,
     samples: SamplesOption = 1,
     precision: PrecisionOption = PrecisionKind.fp32,
     probability: Annotated[bool, typer.Option(help="Also write the probability of each label.")] = False,
@@ -373,7 +385,7 @@ def predict(
         model,
         num_inference_steps=steps,
         timesteps=timesteps.value if timesteps else None,
-        noise=noise.value,
+        noise=noise.value if noise else None,
         num_samples=samples,
         precision=precision.value,
     )
@@ -814,12 +826,14 @@ def _with_training_options(
     minutes: float | None,
     seed: int | None = None,
     modality: ModalityKind | None = None,
+    model: Model | None = None,
 ) -> list[str]:
     """The overrides, and what was given as options of their own."""
     if steps is not None and minutes is not None:
         raise ConfigError("--steps and --minutes are both given; give one of them")
     given = {"steps": steps, "minutes": minutes, "seed": seed}
     kind = [f"data.modality={modality.value}"] if modality else []
+    kind += [f"model.kind={model.value}"] if model else []
     budget = [f"training.{name}={value}" for name, value in given.items() if value is not None]
     return [*(overrides or []), *kind, *budget]
 

@@ -19,6 +19,8 @@ PredictionType = Literal["sample", "epsilon", "v_prediction"]
 Noise = Literal["gaussian", "zeros"]
 WeightsDtype = Literal["fp32", "fp16", "bf16"]
 AlignmentReduction = Literal["mean", "mean_over_batch"]
+AlignmentSimilarity = Literal["cosine", "smooth_l1", "relational"]
+ModelKind = Literal["leaf", "unet"]
 TimestepSpacing = Literal["trailing", "released"]
 Modality = Literal["generic", "xray", "ct", "mri", "ultrasound", "dermoscopy", "fundus", "endoscopy", "microscopy"]
 
@@ -169,10 +171,42 @@ class UNetSettings(SettingsModel):
         return int(2 ** (len(self.block_out_channels) - 1))
 
 
+class BaselineSettings(SettingsModel):
+    """A plain segmentation network of MONAI, trained by Dice and cross-entropy: what LEAF is compared with."""
+
+    network: Literal["basic_unet", "dyn_unet", "seg_resnet"] = "basic_unet"
+    channels: tuple[int, ...] = Field(
+        (32, 32, 64, 128, 256, 32),
+        description="basic_unet: its six features; dyn_unet: filters of each level; seg_resnet: of the first level",
+    )
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _channels_fit_the_network(self) -> BaselineSettings:
+        if any(count < 1 for count in self.channels):
+            raise ValueError(f"channels are {list(self.channels)}; each must be at least 1")
+        counts = {"basic_unet": (6, 6), "dyn_unet": (3, 8), "seg_resnet": (1, 1)}
+        least, most = counts[self.network]
+        if not least <= len(self.channels) <= most:
+            wanted = str(least) if least == most else f"{least} to {most}"
+            raise ValueError(f"channels has {len(self.channels)} numbers; {self.network} takes {wanted}")
+        return self
+
+    @property
+    def stride(self) -> int:
+        """Input pixels per pixel of the deepest level."""
+        return {"basic_unet": 16, "dyn_unet": int(2 ** (len(self.channels) - 1)), "seg_resnet": 8}[self.network]
+
+
 class ModelSettings(SettingsModel):
+    kind: ModelKind = Field("leaf", description="leaf; or unet: the baseline of model.baseline, on the same data")
+    baseline: BaselineSettings = BaselineSettings()
     autoencoder: AutoencoderSettings = AutoencoderSettings()
     unet: UNetSettings = UNetSettings()
     image_encoder_dropout: float = Field(0.2, ge=0, lt=1)
+    image_encoder_start: Literal["autoencoder", "random"] = Field(
+        "autoencoder", description="weights that the image encoder starts from: a copy of the autoencoder's, or random"
+    )
     mask_code: str = Field(
         "auto",
         description="how classes become pictures: binary; planes: one picture a class; bits: fewer pictures from four "
@@ -182,6 +216,8 @@ class ModelSettings(SettingsModel):
     @property
     def stride(self) -> int:
         """Input pixels per pixel of the U-Net's deepest level; every input side is a multiple of it."""
+        if self.kind == "unet":
+            return self.baseline.stride
         return int(2 ** (len(self.autoencoder.block_out_channels) - 1)) * self.unet.stride
 
 
@@ -208,11 +244,38 @@ class ObjectiveSettings(SettingsModel):
         "released code does, so that the weight acts as weight / B",
     )
     alignment_tap: int = Field(0, ge=0, description="down block whose output (after its downsampler) is aligned")
+    alignment_similarity: AlignmentSimilarity = Field(
+        "cosine",
+        description="cosine: of matching tokens (the paper's); smooth_l1: distance of tokens scaled to one length; "
+        "relational: how alike the tokens of an image are to each other shall agree",
+    )
+    alignment_steps: int | None = Field(
+        None,
+        ge=0,
+        description="optimizer steps with alignment; its weight falls to 0 over them as a cosine; default: "
+        "all, with one weight",
+    )
     terminal_fraction: float = Field(
         0.0,
         ge=0,
         le=1,
         description="share of training samples at the last timestep with pure noise: what one-step inference feeds",
+    )
+    uniform_steps: int = Field(
+        0, ge=0, description="first optimizer steps, in which all timesteps are uniform whatever terminal_fraction says"
+    )
+    timestep_power: float = Field(
+        1.0, gt=0, description="of samples that are not terminal: t = T * u ** (1 / power); above 1 prefers late ones"
+    )
+    terminal_noise: Noise = Field(
+        "gaussian",
+        description="noise of terminal samples, and what inference starts from by default; zeros: one answer an image",
+    )
+    latent_weight: float = Field(1.0, ge=0, description="weight of the loss on the latent")
+    boundary_weight: float = Field(
+        0.0,
+        ge=0,
+        description="with a loss on the decoded mask: how much more pixels near an outline count in its cross-entropy",
     )
     pixel_weight: float = Field(0.0, ge=0, description="weight of Dice + cross-entropy on the decoded mask")
 
@@ -225,6 +288,9 @@ class SchedulerSettings(SettingsModel):
     beta_end: float = 0.0155
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
     clip_sample: bool = False
+    zero_terminal_snr: bool = Field(
+        False, description="rescale the betas so that the last timestep holds nothing of the mask (arXiv 2305.08891)"
+    )
 
 
 class TrainingSettings(SettingsModel):
@@ -358,8 +424,29 @@ class Settings(SettingsModel):
                 f"objective.pixel_weight is {goal.pixel_weight} with prediction_type epsilon: the mask it implies is "
                 "noise at late timesteps; set pixel_weight to 0 or prediction_type to sample"
             )
+        if self.scheduler.zero_terminal_snr and goal.prediction_type == "epsilon":
+            problems.append(
+                "scheduler.zero_terminal_snr is true with prediction_type epsilon: at its last timestep the noise says "
+                "nothing of the mask; set it to false or prediction_type to sample or v_prediction"
+            )
+        if goal.latent_weight == 0 and goal.pixel_weight == 0:
+            problems.append(
+                "objective.latent_weight and objective.pixel_weight are 0: nothing would be learned; raise one of them"
+            )
+        if goal.boundary_weight > 0 and goal.pixel_weight == 0:
+            problems.append(
+                "objective.boundary_weight needs a loss on the decoded mask; raise objective.pixel_weight above 0"
+            )
+        if goal.terminal_noise == "zeros" and goal.terminal_fraction == 0:
+            problems.append(
+                "objective.terminal_noise is zeros and objective.terminal_fraction 0: inference would start from what "
+                "training never saw; raise objective.terminal_fraction above 0"
+            )
+        if self.model.kind == "unet" and self.training.gradient_checkpointing:
+            problems.append("training.gradient_checkpointing is true, which the U-Net baseline cannot; set it to false")
         teacher = self.teacher
-        if self.data.preprocessing.fit == "tile" and teacher.name != "none" and teacher.features == "cached":
+        taught = teacher.name != "none" and self.model.kind == "leaf"
+        if self.data.preprocessing.fit == "tile" and taught and teacher.features == "cached":
             problems.append(
                 "teacher.features is cached with data.preprocessing.fit tile: features are cached once an image, and "
                 "every tile is another crop of it; set teacher.features to live"

@@ -19,11 +19,11 @@ from typing import Any
 from leafseg.config import DataSettings, Settings, override_settings, parse_settings
 from leafseg.data.manifest import Manifest, Sample, load_manifest, save_split
 from leafseg.data.splitting import split_hash, write_split
-from leafseg.ensemble import load_ensemble
+from leafseg.ensemble import load_ensemble, load_single
 from leafseg.errors import ConfigError, DataError
 from leafseg.evaluation.evaluate import EvaluationRow, VolumeRow, evaluate, summarise
 from leafseg.files import read_json, write_json_atomic, write_text_atomic
-from leafseg.predict import Segmenter, load_segmenter, out_is_usable
+from leafseg.predict import Segmenter, out_is_usable
 from leafseg.runs import ENSEMBLE_FILE, RUN_FILE, SPLIT_FILE, checkpoint_folder, checkpoint_steps, model_sha256
 
 log = logging.getLogger(__name__)
@@ -162,7 +162,7 @@ def run_crossval(
             run / "evaluation-held-out",
             held_out,
             {"models": [model_sha256(str(checkpoint))], "inference_steps": inference_steps},
-            partial(load_segmenter, str(checkpoint), num_inference_steps=inference_steps),
+            partial(load_single, str(checkpoint), num_inference_steps=inference_steps),
         )
         folds.append(Fold(number, steps, checkpoint, len(held_out), summary, rows, volumes))
         if settings.training.steps is None:

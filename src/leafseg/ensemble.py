@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from leafseg.baseline import BaselineSegmenter, load_baseline
 from leafseg.config import PreprocessingSettings
 from leafseg.data.manifest import read_csv
 from leafseg.errors import CheckpointError
 from leafseg.files import read_json
 from leafseg.predict import PipelineSegmenter, Segmentation, Segmenter, load_segmenter
-from leafseg.runs import ENSEMBLE_FILE, SPLIT_FILE, is_ensemble, run_of
+from leafseg.runs import ENSEMBLE_FILE, SPLIT_FILE, is_baseline, is_ensemble, run_of
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ def load_ensemble(folder: Path, **options: Any) -> EnsembleSegmenter:
         CheckpointError: if a model cannot be loaded, or they do not go together.
     """
     models = ensemble_models(folder)
-    return EnsembleSegmenter([load_segmenter(model, **options) for model in models], names=models)
+    return EnsembleSegmenter([load_single(model, **options) for model in models], names=models)
 
 
 def split_of_ensemble(folder: Path) -> Path | None:
@@ -134,6 +135,18 @@ def split_of_ensemble(folder: Path) -> Path | None:
     return splits[0] if splits else None
 
 
-def load_model(model: str, **options: Any) -> PipelineSegmenter | EnsembleSegmenter:
-    """An ensemble's folder, or whatever :func:`leafseg.predict.load_segmenter` takes."""
-    return load_ensemble(Path(model), **options) if is_ensemble(Path(model)) else load_segmenter(model, **options)
+def load_single(model: str, **options: Any) -> PipelineSegmenter | BaselineSegmenter:
+    """A baseline, or whatever :func:`leafseg.predict.load_segmenter` takes; ``options`` are that function's.
+
+    Raises:
+        CheckpointError: if it cannot be loaded.
+    """
+    if is_baseline(model):
+        known = ("num_inference_steps", "precision", "device")  # it starts from no noise
+        return load_baseline(model, **{name: value for name, value in options.items() if name in known})
+    return load_segmenter(model, **options)
+
+
+def load_model(model: str, **options: Any) -> PipelineSegmenter | BaselineSegmenter | EnsembleSegmenter:
+    """An ensemble's folder, or whatever :func:`load_single` takes."""
+    return load_ensemble(Path(model), **options) if is_ensemble(Path(model)) else load_single(model, **options)

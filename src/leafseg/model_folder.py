@@ -44,7 +44,7 @@ def save_model_folder(
         place = folder / name
         place.mkdir(parents=True, exist_ok=True)
         _save_config(part, place)
-        weights = _converted(part, name, dtype)
+        weights = converted_weights(part, name, dtype)
         if name == "vae" and earlier is not None and _same_weights(earlier / name / WEIGHTS_FILE, weights):
             _link(earlier / name / WEIGHTS_FILE, place / WEIGHTS_FILE)
         else:
@@ -100,7 +100,12 @@ def _save_config(owner: Any, folder: Path) -> None:
         file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _converted(part: nn.Module, name: str, dtype: WeightsDtype) -> dict[str, Tensor]:
+def converted_weights(part: nn.Module, name: str, dtype: WeightsDtype) -> dict[str, Tensor]:
+    """A module's weights on the CPU, in the number format of a saved model.
+
+    Raises:
+        CheckpointError: if one is too large for it.
+    """
     weights = {}
     for key, value in part.state_dict().items():
         kind = _DTYPES[dtype] if value.is_floating_point() else value.dtype

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leafseg.config import PredictionType
+from leafseg.config import AlignmentSimilarity, PredictionType
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -76,35 +76,57 @@ def _share_of_mean(known: Tensor) -> Tensor:
     return weight / weight.mean().clamp(min=torch.finfo(weight.dtype).eps)
 
 
-def alignment_loss(student: Tensor, teacher: Tensor, *, divisor: int = 1) -> Tensor:
-    """Mean negative cosine similarity between matching patch tokens.
+def alignment_loss(
+    student: Tensor, teacher: Tensor, *, divisor: int = 1, similarity: AlignmentSimilarity = "cosine"
+) -> Tensor:
+    """How far projected features are from the teacher's; lower is nearer.
 
     Args:
         student: projected U-Net features, ``[B, N, D]``; gradients flow.
         teacher: frozen patch tokens, ``[B, N, D]``, same row-major patch order.
         divisor: of the mean; the released code divides by its batch size once more.
+        similarity: ``cosine``: mean negative cosine similarity between matching tokens. ``smooth_l1``: Huber distance
+            between matching tokens scaled to length sqrt(D), so that a component is about 1. ``relational``: mean
+            absolute difference between both ``[N, N]`` tables of cosine similarities within an image, which asks for
+            the teacher's structure and not for its directions.
 
     Returns:
-        Scalar; with divisor 1 in [-1, 1] (-1 is perfect agreement) and independent of B.
+        Scalar, independent of B with divisor 1; cosine lies in [-1, 1], where -1 is perfect agreement, the others are
+        at least 0, which is perfect agreement.
 
     Raises:
         ValueError: if the shapes differ.
 
-    Source: LEAF (arXiv 2507.18214).
+    Source: LEAF (arXiv 2507.18214) for ``cosine``; relational knowledge distillation (arXiv 1904.05068).
     """
     if student.shape != teacher.shape:
         raise ValueError(f"student is {list(student.shape)}, teacher is {list(teacher.shape)}; they must be equal")
-    return -F.cosine_similarity(student, teacher, dim=-1).mean() / divisor
+    if similarity == "cosine":
+        return -F.cosine_similarity(student, teacher, dim=-1).mean() / divisor
+    mine, theirs = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+    if similarity == "smooth_l1":
+        scale = student.shape[-1] ** 0.5
+        return F.smooth_l1_loss(mine * scale, theirs * scale) / divisor
+    return (mine @ mine.mT - theirs @ theirs.mT).abs().mean() / divisor
 
 
-def pixel_loss(logits: Tensor, target: Tensor, *, exclusive: bool = True, known: Tensor | None = None) -> Tensor:
-    """Soft Dice plus cross-entropy of the decoded mask, scalar.
+def pixel_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    exclusive: bool = True,
+    known: Tensor | None = None,
+    boundary_weight: float = 0.0,
+) -> Tensor:
+    """Soft Dice plus cross-entropy of a mask, scalar.
 
     Args:
         logits: ``[B, C, H, W]``; C = 1 is a binary foreground.
         target: labels ``[B, H, W]`` (integer), or bool ``[B, C, H, W]`` for overlapping labels.
         exclusive: whether the C > 1 channels compete (softmax) or not (sigmoid each).
         known: bool ``[B, H, W]``, the pixels that count; None counts all. The target elsewhere may be any valid label.
+        boundary_weight: pixels within two of an outline of the target count ``1 + boundary_weight`` times in the
+            cross-entropy, and all together as much as before.
 
     The Dice term is a mean over samples and channels; its smoothing of one pixel makes an empty target worth an
     all-background answer instead of an undefined one.
@@ -118,6 +140,9 @@ def pixel_loss(logits: Tensor, target: Tensor, *, exclusive: bool = True, known:
         wanted = (target[:, None] if target.ndim == 3 else target).to(logits.dtype)
         entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
         probability = logits.sigmoid()
+    if boundary_weight > 0:
+        weight = 1 + boundary_weight * near_outline(wanted).to(entropy.dtype)
+        entropy = entropy * weight / weight.mean()
     if known is not None:
         entropy = entropy * _share_of_mean(known)[:, None]
         probability, wanted = probability * known[:, None], wanted * known[:, None]
@@ -125,6 +150,12 @@ def pixel_loss(logits: Tensor, target: Tensor, *, exclusive: bool = True, known:
     total = probability.sum((2, 3)) + wanted.sum((2, 3))
     dice = (2 * overlap + 1) / (total + 1)
     return entropy.mean() + (1 - dice).mean()
+
+
+def near_outline(masks: Tensor, reach: int = 2) -> Tensor:
+    """Bool ``[B, 1, H, W]``: pixels with both values of some channel of masks ``[B, C, H, W]`` within ``reach``."""
+    highest, negative_lowest = (F.max_pool2d(m, 2 * reach + 1, 1, reach) for m in (masks, -masks))
+    return (highest + negative_lowest > 0).any(1, keepdim=True)
 
 
 def terminal_positions(uniforms: Tensor, terminal_fraction: float) -> Tensor:

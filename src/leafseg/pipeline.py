@@ -34,7 +34,7 @@ from leafseg.mask_code import MaskCode, make_mask_code
 from leafseg.model.autoencoder import MaskDecoder, decode_pictures, own_memory, scale_latent
 from leafseg.model.image_encoder import ImageEncoder
 from leafseg.model.unet import MaskUNet
-from leafseg.runs import resolve_model
+from leafseg.runs import BASELINE_FILE, resolve_model
 from leafseg.sampler import ddim_update, inference_timesteps
 from leafseg.tiling import (
     TileGrid,
@@ -88,6 +88,7 @@ class LeafPipeline(DiffusionPipeline):
         mask_code: ``{"name": ..., "label_names": [...]}``.
         num_inference_steps: the recommended number of steps.
         timesteps: which timesteps several steps visit, see :func:`leafseg.sampler.inference_timesteps`.
+        noise: what the model starts from by default, see ``__call__``.
         format_version: of this folder layout.
 
     Not a medical device.
@@ -106,6 +107,7 @@ class LeafPipeline(DiffusionPipeline):
         mask_code: dict[str, Any] | None = None,
         num_inference_steps: int = 1,
         timesteps: str = "trailing",
+        noise: str = "gaussian",
         format_version: int = FORMAT_VERSION,
     ) -> None:
         super().__init__()
@@ -119,6 +121,7 @@ class LeafPipeline(DiffusionPipeline):
             mask_code=mask_code,
             num_inference_steps=num_inference_steps,
             timesteps=timesteps,
+            noise=noise,
             format_version=format_version,
         )
         self.preprocessor = Preprocessor(PreprocessingSettings.model_validate(preprocessing))
@@ -181,7 +184,7 @@ class LeafPipeline(DiffusionPipeline):
         timesteps: TimestepSpacing | None = None,
         generator: torch.Generator | None = None,
         latents: Tensor | None = None,
-        noise: Noise = "gaussian",
+        noise: Noise | None = None,
         num_samples: int = 1,
         return_samples: bool = False,
         tile_batch_size: int = 4,
@@ -200,7 +203,8 @@ class LeafPipeline(DiffusionPipeline):
                 alone, so that the same image always gives the same mask.
             latents: starting noise ``[B * num_samples, *latent_shape(size)]``, in the order image by image; replaces
                 ``noise``.
-            noise: ``"gaussian"``, keyed per image (a mask never depends on its batch), or ``"zeros"``.
+            noise: ``"gaussian"``, keyed per image (a mask never depends on its batch), or ``"zeros"``; default: what
+                the model was trained to start from.
             num_samples: noise draws an image; their probabilities are averaged.
             return_samples: also return the probability of each draw.
             tile_batch_size: tiles that the network sees at once; changes speed and memory, not the result.
@@ -213,6 +217,7 @@ class LeafPipeline(DiffusionPipeline):
             ValueError: for an argument out of range.
         """
         visited = self._visited_timesteps(num_inference_steps, timesteps)
+        noise = self._starting_noise(noise)
         _check_draws(noise, num_samples, tile_batch_size)
 
         # 1. Pixels to the network's grid.
@@ -262,7 +267,7 @@ class LeafPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         timesteps: TimestepSpacing | None = None,
         generator: torch.Generator | None = None,
-        noise: Noise = "gaussian",
+        noise: Noise | None = None,
         num_samples: int = 1,
         tile_batch_size: int = 4,
     ) -> Iterator[tuple[tuple[int, int], Callable[[slice, slice], Tensor]]]:
@@ -287,6 +292,7 @@ class LeafPipeline(DiffusionPipeline):
         if self.preprocessor.settings.fit != "tile":
             raise ValueError(f"the model's fit is {self.preprocessor.settings.fit}; only fit tile reads piece by piece")
         visited = self._visited_timesteps(num_inference_steps, timesteps)
+        noise = self._starting_noise(noise)
         _check_draws(noise, num_samples, tile_batch_size)
         channels = self.mask_code.n_outputs
         with open_large(path, frame) as image, torch.no_grad():
@@ -355,6 +361,9 @@ class LeafPipeline(DiffusionPipeline):
         if spacing not in ("trailing", "released"):
             raise ValueError(f"timesteps is {spacing!r}; known are trailing, released")
         return inference_timesteps(limit, steps, spacing)
+
+    def _starting_noise(self, noise: Noise | None) -> Noise:
+        return cast(Noise, noise or self.config["noise"])
 
     def _predict(self, images: Tensor, latent: Tensor, *, visited: Sequence[int]) -> Tensor:
         """What the network says, on its own grid.
@@ -501,6 +510,11 @@ def _pixels(item: Any) -> np.ndarray[Any, Any]:
 
 def _check_folder(folder: Path) -> None:
     index = folder / "model_index.json"
+    if (folder / BASELINE_FILE).is_file():
+        raise CheckpointError(
+            f"{folder}: the model is a baseline network, and a LEAF model is needed here; train, evaluate, predict and "
+            "compare take both"
+        )
     if not index.is_file():
         raise CheckpointError(
             f"{folder}: no model_index.json; a model is a run, or a folder that save_pretrained wrote"

@@ -127,7 +127,7 @@ class PipelineSegmenter:
         *,
         num_inference_steps: int | None = None,
         timesteps: TimestepSpacing | None = None,
-        noise: Noise = "gaussian",
+        noise: Noise | None = None,
         num_samples: int = 1,
         autocast: Callable[[], AbstractContextManager[Any]] | None = None,
     ) -> None:
@@ -210,7 +210,7 @@ def load_segmenter(
     *,
     num_inference_steps: int | None = None,
     timesteps: TimestepSpacing | None = None,
-    noise: Noise = "gaussian",
+    noise: Noise | None = None,
     num_samples: int = 1,
     precision: Precision = "fp32",
     device: str | None = None,
@@ -219,7 +219,7 @@ def load_segmenter(
 
     Args:
         model: see :func:`leafseg.runs.resolve_model`.
-        num_inference_steps, timesteps: default: the model's recommendation.
+        num_inference_steps, timesteps, noise: default: the model's recommendation.
         noise, num_samples: see :class:`leafseg.pipeline.LeafPipeline`.
         precision: fp32, or autocast to bf16 / fp16; auto takes bf16 where the hardware multiplies in it.
         device: ``cpu`` or ``cuda``; default: cuda if there is one (never tried: no such device was at hand).
@@ -231,28 +231,32 @@ def load_segmenter(
     limit = int(pipeline.scheduler.config["num_train_timesteps"])
     if num_inference_steps is not None and not 1 <= num_inference_steps <= limit:
         raise CheckpointError(f"{model}: --steps is {num_inference_steps}; the model's schedule has 1..{limit}")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = execution_device(device)
     pipeline.to(place)
     for part in (pipeline.unet, pipeline.vae, pipeline.image_encoder):
         part.to(memory_format=torch.channels_last)  # about twice as fast for convolutions on a CPU
-    if precision == "auto":
-        supported = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        precision = "bf16" if supported else "fp32"
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    autocast = None
-    if precision in kinds:
-
-        def autocast() -> AbstractContextManager[Any]:
-            return torch.autocast(place.type, kinds[precision])
-
     return PipelineSegmenter(
         pipeline,
         num_inference_steps=num_inference_steps,
         timesteps=timesteps,
         noise=noise,
         num_samples=num_samples,
-        autocast=autocast,
+        autocast=autocast_of(precision, place),
     )
+
+
+def execution_device(device: str | None) -> torch.device:
+    """The device that was named; else the GPU, if there is one (never tried: no such device was at hand)."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def autocast_of(precision: Precision, place: torch.device) -> Callable[[], AbstractContextManager[Any]] | None:
+    """What makes a forward pass compute in this number format; None for fp32."""
+    if precision == "auto":
+        supported = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        precision = "bf16" if supported else "fp32"
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return partial(torch.autocast, place.type, kinds[precision]) if precision in kinds else None
 
 
 OutputFormat = Literal["auto", "png", "tiff", "nifti", "nrrd", "mha", "dicom-seg"]

@@ -13,6 +13,7 @@ from leafseg.errors import CheckpointError
 RUN_FILE = "run.json"
 SPLIT_FILE = "split.csv"
 ENSEMBLE_FILE = "ensemble.json"
+BASELINE_FILE = "baseline.json"
 PIPELINE_FOLDER = "pipeline"
 TRAINER_FILES = ("weights.safetensors", "ema.safetensors", "optimizer.pt")
 _NAME = re.compile(r"step-(\d{6,})")
@@ -78,7 +79,7 @@ def best_checkpoint(run: Path) -> Path:
 def model_sha256(model: str) -> str | None:
     """Hash of the names and contents of a model's files; None for what is no pipeline's folder here (a hub id)."""
     folder = Path(resolve_model(model))
-    if not (folder / "model_index.json").is_file():
+    if not any((folder / name).is_file() for name in ("model_index.json", BASELINE_FILE)):
         return None
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -99,6 +100,14 @@ def is_run(folder: Path) -> bool:
 
 def is_ensemble(folder: Path) -> bool:
     return (folder / ENSEMBLE_FILE).is_file()
+
+
+def is_baseline(model: str) -> bool:
+    """Whether a run or folder holds a baseline network instead of a pipeline."""
+    try:
+        return (Path(resolve_model(model)) / BASELINE_FILE).is_file()
+    except CheckpointError:
+        return False  # a run without a checkpoint: the loader says so
 
 
 def resolve_model(model: str) -> str:

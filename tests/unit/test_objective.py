@@ -15,6 +15,7 @@ from leafseg.objective import (
     alignment_loss,
     known_cells,
     latent_loss,
+    near_outline,
     pixel_loss,
     predicted_sample,
     prediction_target,
@@ -228,3 +229,50 @@ def test_a_latent_cell_is_known_if_all_its_pixels_are() -> None:
     known = torch.ones(1, 16, 24, dtype=torch.bool)
     known[0, 7, 8] = False  # the last row of the first cells, the first column of the second ones
     assert known_cells(known, (2, 3)).tolist() == [[[True, False, True], [True, True, True]]]
+
+
+# --- what alignment compares, and where pixels count more -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("similarity", ["smooth_l1", "relational"])
+def test_agreement_up_to_length_costs_nothing_and_less_agreement_more(similarity: str) -> None:
+    teacher, other = torch.randn(2, 2, 5, 7, generator=torch.Generator().manual_seed(0))
+    losses = [
+        alignment_loss(3 * teacher + share * other, teacher, similarity=similarity).item() for share in (0, 1, 10)
+    ]
+    assert losses[0] == pytest.approx(0, abs=1e-6)
+    assert losses[0] < losses[1] < losses[2]
+
+
+def test_a_relational_alignment_ignores_a_rotation_that_cosine_does_not() -> None:
+    teacher = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+    turned = teacher @ torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1))).Q
+    assert alignment_loss(turned, teacher, similarity="relational").item() == pytest.approx(0, abs=1e-6)
+    assert alignment_loss(turned, teacher).item() > -0.9
+
+
+def test_a_token_at_a_right_angle_has_the_huber_distance_worked_out_by_hand() -> None:
+    # Scaled to length sqrt(2): (1.414, 0) and (0, 1.414), each component 1.414 apart: |d| - 0.5.
+    student, teacher = torch.tensor([[[5.0, 0.0]]]), torch.tensor([[[0.0, 0.1]]])
+    found = alignment_loss(student, teacher, similarity="smooth_l1").item()
+    assert found == pytest.approx(math.sqrt(2) - 0.5, rel=1e-5)
+
+
+def test_pixels_within_two_of_an_outline_are_near_it() -> None:
+    mask = torch.zeros(1, 1, 1, 10)
+    mask[..., 5:] = 1
+    assert near_outline(mask)[0, 0, 0].tolist() == [False] * 3 + [True] * 4 + [False] * 3
+    assert not near_outline(torch.ones(1, 1, 4, 4)).any()  # the border of the image is no outline
+
+
+def test_boundary_weights_move_the_cross_entropy_and_not_its_scale() -> None:
+    target = torch.zeros(1, 16, 16, dtype=torch.long)
+    target[:, :8] = 1
+    even = torch.zeros(1, 1, 16, 16)  # the same entropy everywhere: weights of mean 1 change nothing
+    assert pixel_loss(even, target, boundary_weight=4).item() == pytest.approx(pixel_loss(even, target).item())
+    right = torch.where(target[:, None] == 1, 6.0, -6.0)
+    wrong_near, wrong_far = right.clone(), right.clone()
+    wrong_near[:, :, 8], wrong_far[:, :, 15] = 6.0, 6.0  # a row each, beside the outline and far from it
+    assert pixel_loss(wrong_near, target).item() == pytest.approx(pixel_loss(wrong_far, target).item())
+    near, far = (pixel_loss(logits, target, boundary_weight=4).item() for logits in (wrong_near, wrong_far))
+    assert near > far

@@ -46,7 +46,7 @@ def build_scheduler(settings: Settings) -> DDIMScheduler:
         dynamic_thresholding_ratio=0.995,
         sample_max_value=1.0,
         timestep_spacing="trailing",  # [999] for one step: the loop needs no special case
-        rescale_betas_zero_snr=False,
+        rescale_betas_zero_snr=settings.scheduler.zero_terminal_snr,
     )
 
 
@@ -105,7 +105,9 @@ def build_components(
         ),
         autoencoder=autoencoder,
         image_encoder=ImageEncoder.from_autoencoder(
-            autoencoder, dropout=settings.model.image_encoder_dropout
+            autoencoder,
+            dropout=settings.model.image_encoder_dropout,
+            copy=settings.model.image_encoder_start == "autoencoder",
         ).requires_grad_(True),
         scheduler=build_scheduler(settings),
         mask_code=code,

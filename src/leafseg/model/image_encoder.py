@@ -66,8 +66,8 @@ class ImageEncoder(ModelMixin, ConfigMixin):
         recompute_activations(self, enable)
 
     @classmethod
-    def from_autoencoder(cls, autoencoder: AutoencoderKL, *, dropout: float = 0.0) -> ImageEncoder:
-        """A copy of the encoder with its own weights."""
+    def from_autoencoder(cls, autoencoder: AutoencoderKL, *, dropout: float = 0.0, copy: bool = True) -> ImageEncoder:
+        """An encoder of the autoencoder's layout, with a copy of its weights or random ones."""
         config = autoencoder.config
         encoder = cls(
             in_channels=config["in_channels"],
@@ -79,6 +79,7 @@ class ImageEncoder(ModelMixin, ConfigMixin):
             mid_block_add_attention=config["mid_block_add_attention"],
             dropout=dropout,
         )
-        encoder.encoder.load_state_dict(autoencoder.encoder.state_dict())
-        encoder.quant_conv.load_state_dict(autoencoder.quant_conv.state_dict())
+        if copy:
+            encoder.encoder.load_state_dict(autoencoder.encoder.state_dict())
+            encoder.quant_conv.load_state_dict(autoencoder.quant_conv.state_dict())
         return encoder

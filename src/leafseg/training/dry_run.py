@@ -17,11 +17,11 @@ from leafseg.config import Settings
 from leafseg.data.manifest import Manifest, load_manifest
 from leafseg.errors import ConfigError
 from leafseg.model.build import count_parameters
-from leafseg.pipeline import LeafPipeline
 from leafseg.progress import progress_bar
-from leafseg.training.leaf_task import LeafTask
 from leafseg.training.loading import loading_errors
 from leafseg.training.optimizers import optimizer_bytes
+from leafseg.training.run import make_task
+from leafseg.training.segmentation_task import SegmentationTask
 from leafseg.training.session import Session
 from leafseg.training.trainer import calibrate, validation_steps
 
@@ -101,9 +101,7 @@ def dry_run(
     with progress_bar("dry run", total=4) as bar, tempfile.TemporaryDirectory(prefix="leafseg-dry-run-") as place:
         manifest = load_manifest(data, settings=settings.data, split_file=split_file, fold=fold)
         bar.advance("data")
-        start = LeafPipeline.from_pretrained(init_from) if init_from is not None else None
-        task = LeafTask(settings, manifest, init_from=start, fill_cache=False)
-        del start
+        task = make_task(settings, manifest, init_from=init_from, fill_cache=False)
         session = Session(task, training, Path(place), workers=settings.data.workers)
         bar.advance("model")
         built = time.monotonic() - started
@@ -118,23 +116,21 @@ def dry_run(
                 steps, timed = calibrate(session, time.monotonic() - built - preparation)
                 step_seconds, validation = timed["seconds_per_step"], timed["seconds_per_validation"]
         bar.advance("validation")
-    parts = task.parts
-    others = {"projector": getattr(task.module, "projector", None), "teacher": getattr(task.teacher, "model", None)}
     weights = sum(value.nbytes for value in task.module.state_dict().values())
     average = sum(value.nbytes for value in session.ema.shadow_params)
     each_weight = 4 if training.inference_dtype == "fp32" else 2
-    inference: dict[str, nn.Module] = {"unet": parts.unet, "image encoder": parts.image_encoder}
+    trained, frozen = _counted(task.trained_parts), _counted(task.frozen_parts)
     return DryRun(
-        trained={name: count_parameters(part) for name, part in inference.items()},
-        frozen={"autoencoder": count_parameters(parts.autoencoder)},
-        training_only={name: count_parameters(part) for name, part in others.items() if isinstance(part, nn.Module)},
+        trained=trained,
+        frozen=frozen,
+        training_only=_counted(task.training_only_parts),
         averaged=sum(value.numel() for value in session.ema.shadow_params),
         device=_device_name(session.device),
         precision={"no": "fp32"}.get(session.accelerator.mixed_precision, session.accelerator.mixed_precision),
         processes=session.accelerator.num_processes,
         peak_bytes=_peak_bytes(session.device),
         trainer_bytes=weights + average + optimizer_bytes(session.optimizer),
-        inference_bytes=each_weight * sum(count_parameters(part) for part in (*inference.values(), parts.autoencoder)),
+        inference_bytes=each_weight * sum((*trained.values(), *frozen.values())),
         samples={name: len(manifest.part(name)) for name in ("train", "validation", "test")},
         batch_size=training.batch_size,
         steps=steps,
@@ -144,6 +140,10 @@ def dry_run(
         preparation_seconds=preparation,
         loss=loss,
     )
+
+
+def _counted(parts: Mapping[str, nn.Module]) -> dict[str, int]:
+    return {name: count_parameters(part) for name, part in parts.items()}
 
 
 def describe(found: DryRun) -> list[str]:
@@ -214,7 +214,7 @@ def _seconds_of_a_validation(session: Session, manifest: Manifest) -> float:
     return (time.monotonic() - begin) * -(-images // processes)
 
 
-def _seconds_for_features(task: LeafTask, session: Session) -> float:
+def _seconds_for_features(task: SegmentationTask, session: Session) -> float:
     """How long the teacher will take for all training images, if its features are cached: computes those that the first
     steps need, so that these are timed as later ones will be."""
     begin = time.monotonic()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from leafseg import rng
-from leafseg.config import Settings
+from leafseg.config import ObjectiveSettings, Settings
 from leafseg.data.dataset import SegmentationDataset
-from leafseg.data.manifest import IGNORE, Manifest
-from leafseg.data.transforms import Preprocessor, augment_grid, unpack_augmentation
-from leafseg.errors import CheckpointError, DataError
-from leafseg.evaluation.evaluate import evaluate_samples, input_grid_pipeline, selection_score
+from leafseg.data.manifest import Manifest
+from leafseg.data.transforms import augment_grid, unpack_augmentation
+from leafseg.errors import CheckpointError
+from leafseg.evaluation.evaluate import input_grid_pipeline
 from leafseg.model.autoencoder import DECODER_ONLY, MaskDecoder, decode_pictures, encode_pictures, scale_latent
 from leafseg.model.build import build_components, build_projector, tap_grid
 from leafseg.model.feature_cache import FeatureCache, cached_tokens
@@ -41,13 +42,21 @@ from leafseg.objective import (
 from leafseg.pipeline import LeafPipeline
 from leafseg.predict import PipelineSegmenter
 from leafseg.progress import progress_bar
-from leafseg.runs import PIPELINE_FOLDER
 from leafseg.training.precision import resolve_precision
-from leafseg.training.task import Autocast, Validation
+from leafseg.training.segmentation_task import SegmentationTask
+from leafseg.training.task import Autocast
 
 log = logging.getLogger(__name__)
 
 _PREFILL_BATCH = 16
+
+
+def alignment_weight_at(goal: ObjectiveSettings, step: int) -> float:
+    """Weight of the alignment in optimizer step ``step`` (0-based): constant, or falling to 0 as a cosine."""
+    if goal.alignment_steps is None:
+        return goal.alignment_weight
+    share = min(step / goal.alignment_steps, 1.0) if goal.alignment_steps else 1.0
+    return goal.alignment_weight * 0.5 * (1 + math.cos(math.pi * share))
 
 
 class LeafTrainable(nn.Module):
@@ -70,13 +79,11 @@ class LeafTrainable(nn.Module):
         return prediction, self.projector(tap)
 
 
-class LeafTask:
+class LeafTask(SegmentationTask):
     """LEAF as the trainer sees it.
 
     Args:
-        settings: the whole run's settings.
-        manifest: all samples; the train part is learned, the validation part chooses the checkpoint, the test part is
-            never touched (unless ``training.selection_part`` is test).
+        settings, manifest: see :class:`SegmentationTask`.
         init_from: a pipeline whose weights are the start (fine-tuning).
         fill_cache: with cached teacher features, compute them all before training begins; else as they are asked for.
 
@@ -86,7 +93,6 @@ class LeafTask:
     """
 
     kind = "leaf"
-    pipeline_folder = PIPELINE_FOLDER
 
     def __init__(
         self,
@@ -96,45 +102,17 @@ class LeafTask:
         init_from: LeafPipeline | None = None,
         fill_cache: bool = True,
     ) -> None:
-        self.settings, self._fill = settings, fill_cache
-        selection = settings.training.selection_part
-        self._train, self._validation = manifest.part("train"), manifest.part(selection)
-        needed = [("train", self._train)]
-        if settings.training.validates:
-            needed.append((selection, self._validation))
-        folds = any(sample.fold is not None for sample in manifest.samples)
-        remedy = (
-            "choose one of its folds with --fold" if folds else "add images, or give a split file with --split-file"
-        )
-        for name, part in needed:
-            if not len(part):
-                raise DataError(
-                    f"{manifest.root}: no sample falls into the {name} part ({len(manifest)} in all); {remedy}"
-                )
-        if selection == "test":
-            log.warning(
-                "training.selection_part is test: the TEST part chooses the checkpoint, so every figure on it will be "
-                "optimistic and none of them can be published as a test result"
-            )
+        super().__init__(settings, manifest)
+        self._fill = fill_cache
         # Seeded here, so that the same settings start from the same weights in every process.
         torch.manual_seed(rng.torch_seed(settings.training.seed, "initial-weights", 0))
-        labels = manifest.label_map
+        labels = self.label_map
         self.parts = build_components(settings, label_names=labels.names, overlapping=labels.overlapping)
-        self._ignores = labels.ignore is not None
         if settings.model.autoencoder.weights is None and init_from is None:
             log.warning(
                 "model.autoencoder.weights is not set: the autoencoder is random and cannot carry masks; name a folder "
                 "with its weights, or start from a model with --init-from"
             )
-        self.preprocessor = Preprocessor(settings.data.preprocessing)
-        self.dataset = SegmentationDataset(
-            self._train,
-            self.preprocessor,
-            augmentation=settings.data.augmentation,
-            seed=settings.training.seed,
-            cache_mb=settings.data.cache_mb,
-            foreground_tiles=settings.data.foreground_tiles,
-        )
         if init_from is not None:
             self._start_from(init_from)
         # The decoder that training sees is the one that will be used; and a resumed run reads it back bit for bit.
@@ -160,19 +138,25 @@ class LeafTask:
         )
         self._alpha_bar = self.parts.scheduler.alphas_cumprod
         self._cache: FeatureCache | None = None
-        self._autocast: Autocast | None = None
-        self._device = torch.device("cpu")
+
+    @property
+    def trained_parts(self) -> dict[str, nn.Module]:
+        return {"unet": self.parts.unet, "image encoder": self.parts.image_encoder}
+
+    @property
+    def frozen_parts(self) -> dict[str, nn.Module]:
+        return {"autoencoder": self.parts.autoencoder}
+
+    @property
+    def training_only_parts(self) -> dict[str, nn.Module]:
+        found = {"projector": getattr(self.module, "projector", None), "teacher": getattr(self.teacher, "model", None)}
+        return {name: part for name, part in found.items() if isinstance(part, nn.Module)}
 
     def record(self) -> dict[str, Any]:
-        """Plain values that say what this training is made of."""
-        return {
-            "settings": self.settings.model_dump(mode="json"),
-            "teacher": self.teacher.name if self.teacher is not None else None,
-            "label_names": list(self.parts.mask_code.label_names),
-        }
+        return {**super().record(), "teacher": self.teacher.name if self.teacher is not None else None}
 
     def prepare(self, device: torch.device, autocast: Autocast, run: Path) -> None:
-        self._device, self._autocast = device, autocast
+        super().prepare(device, autocast, run)
         self._alpha_bar = self._alpha_bar.to(device)
         self.parts.autoencoder.to(device, memory_format=torch.channels_last)
         if self.teacher is None:
@@ -217,13 +201,10 @@ class LeafTask:
     def loss(self, forward: nn.Module, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
         goal = self.settings.objective
         images = (batch["image"] * 2 - 1).to(memory_format=torch.channels_last)
-        labels, known = batch["labels"], None
-        if self._ignores:  # drawn as background, for something must be drawn, and left out of the loss
-            known = labels != IGNORE
-            labels = labels.where(known, 0)
+        labels, known = self._known_labels(batch)  # something must be drawn where nobody labelled: background
         with torch.no_grad(), self._autocasting():
             mask_latent = encode_pictures(self.parts.autoencoder, self.parts.mask_code.encode(labels)).float()
-        noise, timesteps, terminal = self._draw(batch["position"], mask_latent.shape[1:], seed)
+        noise, timesteps, terminal = self._draw(batch, mask_latent.shape[1:], seed)
 
         alpha_bar = self._alpha_bar[timesteps]
         noisy = add_noise(mask_latent, noise, alpha_bar)
@@ -234,12 +215,18 @@ class LeafTask:
         target = prediction_target(mask_latent, noise, alpha_bar, goal.prediction_type)
         cells = None if known is None else known_cells(known, (target.shape[2], target.shape[3]))
         parts = {"prediction": latent_loss(prediction, target, known=cells)}
-        loss = parts["prediction"]
+        loss = goal.latent_weight * parts["prediction"]
         if tokens is not None:
-            # The whole batch's size, however it is cut into micro-batches and processes.
-            again = self.settings.training.batch_size if goal.alignment_reduction == "mean_over_batch" else 1
-            parts["alignment"] = alignment_loss(tokens.float(), self._teacher_tokens(batch), divisor=again)
-            loss = loss + goal.alignment_weight * parts["alignment"]
+            weight = alignment_weight_at(goal, self._step_of(batch))
+            if weight > 0:
+                # The whole batch's size, however it is cut into micro-batches and processes.
+                again = self.settings.training.batch_size if goal.alignment_reduction == "mean_over_batch" else 1
+                parts["alignment"] = alignment_loss(
+                    tokens.float(), self._teacher_tokens(batch), divisor=again, similarity=goal.alignment_similarity
+                )
+                loss = loss + weight * parts["alignment"]
+            else:
+                loss = loss + 0 * tokens.sum()  # every process needs a gradient of every weight
         if goal.pixel_weight > 0:
             # On every sample, whatever its timestep: a batch of another size each step would make the CPU's kernels be
             # generated anew each time, which costs more than the decoding.
@@ -247,22 +234,38 @@ class LeafTask:
             with self._autocasting():
                 decoded = decode_pictures(self.parts.autoencoder, sample)
             logits = self.parts.mask_code.logits(decoded.float())
-            parts["pixel"] = pixel_loss(logits, labels, exclusive=self.parts.mask_code.exclusive, known=known)
+            parts["pixel"] = pixel_loss(
+                logits,
+                labels,
+                exclusive=self.parts.mask_code.exclusive,
+                known=known,
+                boundary_weight=goal.boundary_weight,
+            )
             loss = loss + goal.pixel_weight * parts["pixel"]
         return {"loss": loss, **parts}
 
-    def _draw(self, positions: Tensor, shape: torch.Size, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _step_of(self, batch: dict[str, Tensor]) -> int:
+        """The optimizer step (0-based) that a batch belongs to."""
+        return int(batch["position"][0]) // self.settings.training.batch_size
+
+    def _draw(self, batch: dict[str, Tensor], shape: torch.Size, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Noise ``[B, z, h, w]``, timesteps ``[B]`` and which samples are terminal ``[B]``, keyed by position."""
+        goal = self.settings.objective
         last = self.settings.scheduler.num_train_timesteps - 1
         noise, uniforms = [], []
-        for position in positions.tolist():
+        for position in batch["position"].tolist():
             draws = rng.generator(seed, "diffusion", position)
             uniforms.append(draws.random(2))
             noise.append(draws.standard_normal(tuple(shape), dtype=np.float32))
         pairs = torch.from_numpy(np.stack(uniforms))
-        terminal = terminal_positions(pairs[:, 0], self.settings.objective.terminal_fraction)
-        timesteps = torch.where(terminal, last, (pairs[:, 1] * (last + 1)).long())
-        return torch.from_numpy(np.stack(noise)).to(self._device), timesteps.to(self._device), terminal.to(self._device)
+        fraction = goal.terminal_fraction if self._step_of(batch) >= goal.uniform_steps else 0.0
+        terminal = terminal_positions(pairs[:, 0], fraction)
+        spread = pairs[:, 1] if goal.timestep_power == 1 else pairs[:, 1] ** (1 / goal.timestep_power)
+        timesteps = torch.where(terminal, last, (spread * (last + 1)).long())
+        drawn = torch.from_numpy(np.stack(noise))
+        if goal.terminal_noise == "zeros":
+            drawn = drawn.masked_fill(terminal[:, None, None, None], 0.0)
+        return drawn.to(self._device), timesteps.to(self._device), terminal.to(self._device)
 
     def _teacher_tokens(self, batch: dict[str, Tensor]) -> Tensor:
         if self.teacher is None:
@@ -295,25 +298,14 @@ class LeafTask:
             mask_code={"name": self.parts.mask_code.name, "label_names": list(self.parts.mask_code.label_names)},
             num_inference_steps=self.settings.inference.num_inference_steps,
             timesteps=self.settings.inference.timesteps,
+            noise=self.settings.objective.terminal_noise,
         )
 
-    def validate(self, limit: int, rank: int, world_size: int) -> list[Mapping[str, Any]]:
-        """Dice and IoU at original resolution, of the same evenly spaced samples every time."""
-        count = min(limit, len(self._validation))
-        chosen = [self._validation.samples[i * len(self._validation) // count] for i in range(count)][rank::world_size]
-        pipeline, grid = self.pipeline(), None
+    def segmenter(self) -> PipelineSegmenter:
+        pipeline = self.pipeline()
         if self.settings.training.validation_resolution == "input":
-            pipeline, grid = input_grid_pipeline(pipeline), self.preprocessor
-        segmenter = PipelineSegmenter(pipeline, autocast=self._autocast)
-        return [row.as_dict() for row in evaluate_samples(segmenter, chosen, self._validation.label_map, grid=grid)]
-
-    def summarise(self, rows: list[Mapping[str, Any]]) -> Validation:
-        dice = [row["dice"] for row in rows if row["dice"] is not None]
-        empty = [float(row["predicted_pixels"] > 0) for row in rows if row["empty"]]
-        metrics = {"dice": float(np.mean(dice)) if dice else 0.0}
-        if empty:
-            metrics["false_positive_rate"] = float(np.mean(empty))
-        return Validation(score=selection_score(rows), metrics=metrics)
+            pipeline = input_grid_pipeline(pipeline)
+        return PipelineSegmenter(pipeline, autocast=self._autocast)
 
     def save_inference(self, folder: Path, *, earlier: Path | None = None) -> None:
         save_model_folder(self.pipeline(), folder, dtype=self.settings.training.inference_dtype, earlier=earlier)
@@ -346,8 +338,3 @@ class LeafTask:
         self.parts.autoencoder.register_to_config(
             **{k: source.vae.config[k] for k in ("latents_mean", "latents_std", "scaling_factor")}
         )
-
-    def _autocasting(self) -> Any:
-        if self._autocast is None:
-            raise RuntimeError("prepare() was not called")
-        return self._autocast()

@@ -17,8 +17,10 @@ from leafseg.predict import out_is_usable
 from leafseg.progress import progress_bar
 from leafseg.runs import SPLIT_FILE, checkpoint_steps, is_main_process, is_run
 from leafseg.training.leaf_task import LeafTask
+from leafseg.training.segmentation_task import SegmentationTask
 from leafseg.training.trainer import TrainingResult
 from leafseg.training.trainer import train as run_loop
+from leafseg.training.unet_task import UNetTask
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +77,7 @@ def run_training(
         # Already begun: the trained weights come from the checkpoint, and the frozen autoencoder that they were trained
         # against from the pipeline beside them.
         source = str(out)
-    # The pipeline has no name here: its weights are copied, and would stay in memory for the whole training.
-    task = LeafTask(settings, manifest, init_from=LeafPipeline.from_pretrained(source) if source is not None else None)
+    task = make_task(settings, manifest, init_from=source)
     if is_main_process():
         save_split(manifest, out / SPLIT_FILE)
         if done is not None:
@@ -97,6 +98,31 @@ def run_training(
         workers=settings.data.workers,
         resume=resume,
         stop_after=stop_after,
+    )
+
+
+def make_task(
+    settings: Settings, manifest: Manifest, *, init_from: str | None = None, fill_cache: bool = True
+) -> SegmentationTask:
+    """The task that ``model.kind`` names.
+
+    Args:
+        init_from: a model whose weights are the start.
+        fill_cache: see :class:`LeafTask`.
+
+    Raises:
+        LeafsegError: if it cannot be built.
+    """
+    if settings.model.kind == "unet":
+        if init_from is not None:
+            raise ConfigError("--init-from: the U-Net baseline starts from random weights; leave it out")
+        return UNetTask(settings, manifest)
+    # The pipeline has no name here: its weights are copied, and would stay in memory for the whole training.
+    return LeafTask(
+        settings,
+        manifest,
+        init_from=LeafPipeline.from_pretrained(init_from) if init_from is not None else None,
+        fill_cache=fill_cache,
     )
 
 

@@ -1,0 +1,176 @@
+"""One line of the recipe page: a training with some settings, evaluated, recorded in docs/results/recipe.jsonl.
+
+    .venv/bin/python experiments/recipe.py DATA --plan screening --out SCRATCH    # ideas, on validation parts
+    .venv/bin/python experiments/recipe.py DATA --plan final --out SCRATCH        # the final table, on test parts
+
+DATA holds the data sets. Every unit is resumable: called again, the script continues the unit that was cut short and
+leaves recorded ones out. Units of a plan (experiments/recipe_plans.json) run in its order; ``--list`` shows them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = ROOT / "docs" / "results" / "recipe.jsonl"
+PLANS = ROOT / "experiments" / "recipe_plans.json"
+
+
+def read_records() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.is_file() else []
+
+
+def units_of(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """The plan's trainings in order: variant by variant within a seed, all data sets of one."""
+    units = []
+    for seed in plan["seeds"]:
+        for name in plan["order"]:
+            for data in plan["data"]:
+                if data not in plan.get("only", {}).get(name, plan["data"]):
+                    continue
+                units.append(
+                    {
+                        "plan": plan["name"],
+                        "variant": name,
+                        "data": data,
+                        "seed": seed,
+                        "part": plan["part"],
+                        "steps": plan["steps"][data] if isinstance(plan["steps"], dict) else plan["steps"],
+                        "set": [
+                            *plan.get("common", []),
+                            *plan.get("data_settings", {}).get(data, []),
+                            *plan["variants"][name],
+                        ],
+                        "inference_steps": plan.get("inference_steps", {}).get(name, [1]),
+                    }
+                )
+    return units
+
+
+def is_done(unit: dict[str, Any], records: list[dict[str, Any]]) -> bool:
+    return any(all(row.get(key) == value for key, value in unit.items()) for row in records)
+
+
+def run(unit: dict[str, Any], data: Path, out: Path) -> dict[str, Any] | None:
+    """Train and evaluate in this process, as `leafseg train` and `leafseg evaluate` do; None if a signal stopped it."""
+    from leafseg.config import load_settings
+    from leafseg.data.manifest import load_manifest
+    from leafseg.ensemble import load_single
+    from leafseg.evaluation.evaluate import evaluate
+    from leafseg.training.run import library_versions, run_training
+
+    cache = f"teacher.cache_dir={out / 'features'}"
+    extra = [f"training.seed={unit['seed']}", f"training.steps={unit['steps']}", cache]
+    settings = load_settings("leaf-tiny", overrides=[*unit["set"], *extra])
+    folder = out / f"{unit['plan']}-{unit['data']}-{unit['variant']}-{unit['seed']}"
+    began = time.time()
+    result = run_training(settings, data, folder, resume=True)
+    if result.status != "finished":
+        return None
+    seconds = time.time() - began
+    part = load_manifest(data, settings=settings.data, run_split=folder / "split.csv").part(unit["part"])
+    evaluations = {}
+    for steps in unit["inference_steps"]:
+        segmenter = load_single(str(folder), num_inference_steps=steps)
+        found = evaluate(segmenter, part)
+        evaluations[str(steps)] = {
+            "classes": found.summary["classes"],
+            "rows": [
+                [row.name, row.label, *(None if v is None else round(v, 5) for v in (row.dice, row.iou, row.nsd))]
+                for row in found.rows
+            ],
+            "false_positives": sum(row.predicted_pixels > 0 for row in found.rows if row.empty),
+            "empty": sum(row.empty for row in found.rows),
+        }
+    record = json.loads((folder / "run.json").read_text())["record"]
+    row = {
+        "experiment": "recipe",
+        **unit,
+        "split_sha256": record["split_sha256"],
+        "samples": record["samples"],
+        "best_step": result.best_step,
+        "validation_score": result.best_score,
+        "seconds": round(seconds, 1),
+        "samples_per_second": round(result.samples_per_second, 2),
+        "teacher": record["teacher"],
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip(),
+        "versions": library_versions(),
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
+        "evaluations": evaluations,
+    }
+    shutil.rmtree(folder)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, help="folder of data sets")
+    parser.add_argument("--plan", required=True, help="name of a plan in experiments/recipe_plans.json")
+    parser.add_argument("--out", type=Path, required=True, help="runs and cached features")
+    parser.add_argument("--list", action="store_true", help="what is done and what is missing")
+    parser.add_argument("--minutes", type=float, help="begin no unit after so many minutes")
+    arguments = parser.parse_args()
+    logging_to_stderr()
+    began, failed = time.monotonic(), set()
+    while True:
+        # Read anew each time, so that a plan may grow while it runs.
+        plans = {plan["name"]: plan for plan in json.loads(PLANS.read_text())}
+        if arguments.plan not in plans:
+            sys.exit(f"--plan is {arguments.plan}; known are {', '.join(plans)}")
+        units, records = units_of(plans[arguments.plan]), read_records()
+        missing = [unit for unit in units if not is_done(unit, records)]
+        if arguments.list:
+            for unit in units:
+                print("missing" if unit in missing else "done   ", unit["data"], unit["variant"], unit["seed"])
+            return
+        missing = [unit for unit in missing if json.dumps(unit) not in failed]
+        late = arguments.minutes is not None and time.monotonic() - began > 60 * arguments.minutes
+        if not missing or late:
+            print(f"{len(units) - len(missing)} of {len(units)} units are recorded; {len(failed)} failed")
+            return
+        unit = missing[0]
+        print(f"{len(missing)} left: {unit['data']} {unit['variant']} seed {unit['seed']}", flush=True)
+        try:
+            row = run(unit, arguments.data / unit["data"], arguments.out)
+        except Exception as error:  # one idea that cannot be trained must not cost the others
+            failed.add(json.dumps(unit))
+            print(f"FAILED {unit['variant']}: {error}", flush=True)
+            continue
+        if row is None:
+            return
+        RECORDS.parent.mkdir(parents=True, exist_ok=True)
+        with RECORDS.open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+        dice = {
+            name: figures["dice"]["mean"]
+            for name, figures in row["evaluations"]["1"]["classes"].items()
+            if figures["dice"]
+        }
+        print(
+            "DONE",
+            unit["data"],
+            unit["variant"],
+            unit["seed"],
+            {k: round(v, 4) for k, v in dice.items()},
+            f"{row['seconds']} s",
+            flush=True,
+        )
+
+
+def logging_to_stderr() -> None:
+    import logging
+
+    logging.basicConfig(level=logging.WARNING)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Settings of the recipe: what is drawn at which step, and what the saved model starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from leafseg.config import Settings, override_settings
+from leafseg.data.manifest import load_manifest
+from leafseg.errors import ConfigError
+from leafseg.pipeline import LeafPipeline
+from leafseg.training.leaf_task import LeafTask, alignment_weight_at
+from leafseg.training.tracking import read_metrics
+from leafseg.training.trainer import TrainingResult
+
+Train = Callable[..., TrainingResult]
+
+
+def drawn(task: LeafTask, step: int, count: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    size = task.settings.training.batch_size
+    return task._draw({"position": torch.arange(step * size, step * size + count)}, torch.Size((4, 2, 2)), 3)
+
+
+@pytest.fixture
+def make_task(tiny_settings: Settings, data: Path) -> Callable[..., LeafTask]:
+    def make(*overrides: str) -> LeafTask:
+        settings = override_settings(tiny_settings, overrides)
+        return LeafTask(settings, load_manifest(data, settings=settings.data))
+
+    return make
+
+
+def test_terminal_samples_from_zeros_leave_the_noise_of_the_others(make_task: Callable[..., LeafTask]) -> None:
+    half = ("objective.terminal_fraction=0.5",)
+    noise, timesteps, terminal = drawn(make_task(*half), 0)
+    still, same_timesteps, same_terminal = drawn(make_task(*half, "objective.terminal_noise=zeros"), 0)
+    assert 0 < terminal.sum() < len(terminal)
+    assert torch.equal(terminal, same_terminal)
+    assert torch.equal(timesteps, same_timesteps)
+    assert not still[terminal].any()
+    assert torch.equal(still[~terminal], noise[~terminal])
+
+
+def test_the_first_steps_may_be_uniform(make_task: Callable[..., LeafTask]) -> None:
+    task = make_task("objective.terminal_fraction=1", "objective.uniform_steps=3")
+    assert not drawn(task, 2)[2].any()
+    assert drawn(task, 3)[2].all()
+
+
+def test_a_power_above_one_prefers_late_timesteps(make_task: Callable[..., LeafTask]) -> None:
+    # u ** (1 / 3) has the mean 3 / 4, u the mean 1 / 2; the standard error of 4,000 draws is below 0.005 of T.
+    for power, mean in ((1, 0.5), (3, 0.75)):
+        timesteps = drawn(make_task(f"objective.timestep_power={power}"), 0, count=4000)[1]
+        assert timesteps.float().mean().item() / 1000 == pytest.approx(mean, abs=0.02)
+        assert 0 <= timesteps.min() <= timesteps.max() <= 999
+
+
+def test_a_model_starts_from_what_it_was_trained_to_start_from(train_tiny: Train, data: Path, tmp_path: Path) -> None:
+    train_tiny(data, tmp_path, "training.steps=1", "objective.terminal_fraction=1", "objective.terminal_noise=zeros")
+    pipeline = LeafPipeline.from_pretrained(tmp_path)
+    image = torch.rand(1, 3, 40, 36, generator=torch.Generator().manual_seed(0))
+    own = pipeline(image).probability
+    assert torch.equal(own, pipeline(image, noise="zeros").probability)
+    assert torch.equal(own, pipeline(image, generator=torch.Generator().manual_seed(5)).probability)
+    assert not torch.equal(own, pipeline(image, noise="gaussian").probability)
+
+
+def test_the_alignment_fades_as_a_cosine_and_then_costs_nothing(
+    make_task: Callable[..., LeafTask], train_tiny: Train, data: Path, teacher: Path, tmp_path: Path
+) -> None:
+    goal = make_task("objective.alignment_weight=2", "objective.alignment_steps=4").settings.objective
+    assert [alignment_weight_at(goal, step) for step in (0, 2, 4, 9)] == pytest.approx([2, 1, 0, 0])
+    assert alignment_weight_at(goal.model_copy(update={"alignment_steps": None}), 9) == 2
+    assert alignment_weight_at(goal.model_copy(update={"alignment_steps": 0}), 0) == 0
+    train_tiny(
+        data,
+        tmp_path,
+        f"teacher.name={teacher}",
+        "objective.alignment_weight=2",
+        "objective.alignment_steps=1",
+        "objective.alignment_similarity=relational",
+        "training.validate_every=1",  # a line in the log for each step
+    )
+    logged = ["train/alignment" in line for line in read_metrics(tmp_path) if "train/loss" in line]
+    assert logged == [True, False, False, False]
+
+
+def test_a_random_image_encoder_is_not_the_autoencoders(make_task: Callable[..., LeafTask]) -> None:
+    def same(task: LeafTask) -> bool:
+        mine, theirs = task.parts.image_encoder.encoder, task.parts.autoencoder.encoder
+        return torch.equal(mine.conv_in.weight, theirs.conv_in.weight)
+
+    assert same(make_task())
+    assert not same(make_task("model.image_encoder_start=random"))
+
+
+def test_with_zero_terminal_snr_nothing_of_the_mask_is_left_at_the_end(make_task: Callable[..., LeafTask]) -> None:
+    assert make_task().parts.scheduler.alphas_cumprod[-1] > 1e-4
+    assert make_task("scheduler.zero_terminal_snr=true").parts.scheduler.alphas_cumprod[-1] < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["objective.latent_weight=0"], "nothing would be learned"),
+        (["objective.boundary_weight=1"], r"raise objective\.pixel_weight"),
+        (["objective.terminal_noise=zeros"], "training never saw"),
+        (["objective.prediction_type=epsilon", "scheduler.zero_terminal_snr=true"], "says nothing of the mask"),
+        (["model.kind=unet", "training.gradient_checkpointing=true"], "which the U-Net baseline cannot"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(
+    tiny_settings: Settings, overrides: list[str], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        override_settings(tiny_settings, overrides)
