@@ -322,7 +322,7 @@ def plot(ablation: Ablation, path: Path) -> None:
             left.scatter(list(score.by_seed.values()), [y] * len(score.by_seed), s=14, color=colour, alpha=0.5)
             _bar(left, score.dice, y, colour)
         _label(left, [", ".join(f"{short(s)} {v}" for s, v in score.cell) for score in mine])
-        left.set_title(f"{name}: Dice")
+        left.set_title(f"{name}: Dice", loc="left")
         paired = [item for item in differences if item.data == name]
         for y, item in enumerate(paired):
             cell = {**dict(item.others), item.setting: item.value}
@@ -336,7 +336,7 @@ def plot(ablation: Ablation, path: Path) -> None:
         )
         if right.lines:
             right.axvline(0, color="#6b7280", linewidth=1, zorder=0)
-        right.set_title(f"{name}: paired difference in Dice")
+        right.set_title(f"{name}: paired difference in Dice", loc="left")
     figure.suptitle(
         f"{ablation.steps} reverse step(s); 95 % bootstrap intervals over images and seeds",
         fontsize=10,
