@@ -12,6 +12,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,6 +37,7 @@ _KEPT_PIXELS = 256  # of these, kept for the data set's histogram
 _FEW_SAMPLES = 20
 _RARE_CLASS = 0.005  # share of all labelled pixels
 _RARE_IN_IMAGES = 0.05  # share of images
+_STRAY_VALUE = 0.001  # share of all foreground pixels
 _OUTLIER = 6.0  # robust standard deviations
 _ENOUGH_FOR_OUTLIERS = 20  # images
 _SAME_SPACING = 1e-3  # relative: headers hold single precision
@@ -112,7 +114,8 @@ class DataCheck:
     Attributes:
         data: what was checked.
         findings: errors first.
-        files: images that were opened, with their masks.
+        images: image files that were opened, with their masks; a folder of DICOM slices is one.
+        files: all files that were opened, masks included.
         seconds: it took so long.
         samples: of the images that can be used, in their parts.
         label_map: None if the mask values are in doubt.
@@ -124,6 +127,7 @@ class DataCheck:
     data: Path
     root: Path
     findings: tuple[Finding, ...]
+    images: int
     files: int
     seconds: float
     samples: tuple[Sample, ...]
@@ -164,7 +168,8 @@ class DataCheck:
     def summary(self) -> str:
         """One line: how many files, and how many findings of each severity."""
         found = ", ".join(f"{n} {name}{'s' if n != 1 else ''}" for name in SEVERITIES if (n := self.count(name)))
-        return f"data check: {self.files} images opened in {self.seconds:.1f} s; {found or 'nothing found'}"
+        masks = f" and {self.files - self.images} masks" if self.files > self.images else ""
+        return f"data check: {self.images} images{masks} opened in {self.seconds:.1f} s; {found or 'nothing found'}"
 
     def as_json(self) -> dict[str, Any]:
         """The whole outcome as plain values; files are named relative to ``root``, groups not at all."""
@@ -174,6 +179,7 @@ class DataCheck:
             "data": str(self.data),
             "ok": self.ok,
             "counts": {name: self.count(name) for name in SEVERITIES},
+            "images": self.images,
             "files": self.files,
             "seconds": round(self.seconds, 3),
             "files_per_second": round(self.files / self.seconds, 1) if self.seconds else None,
@@ -258,7 +264,8 @@ def check_data(
         data=Path(data),
         root=collected.root,
         findings=tuple(findings),
-        files=len(looks),
+        images=len(looks),
+        files=sum(map(len, looks)),
         seconds=time.monotonic() - started,
         samples=collected.samples,
         label_map=collected.label_map,
@@ -377,6 +384,33 @@ class _Samples:
     def name(self, path: Path) -> str:
         """A file as findings name it."""
         return _name(path, self.root)
+
+    @property
+    def foreground_classes(self) -> tuple[ClassFigures, ...]:
+        """The classes without the background; overlapping labels have none."""
+        return self.classes if self.label_map is not None and self.label_map.overlapping else self.classes[1:]
+
+    @cached_property
+    def stray(self) -> dict[str, list[Item]]:
+        """By class: the masks with a value that nobody named, in few masks and few pixels."""
+        label_map = self.label_map
+        if label_map is None or label_map.overlapping or label_map.threshold is not None or len(label_map.names) < 3:
+            return {}
+        everything = sum(map(self.foreground, self.pixels))
+        stray: dict[str, list[Item]] = {}
+        for value, identity in label_map.values:
+            name = label_map.names[identity]
+            if identity == 0 or name != f"class {value}":  # somebody expects it
+                continue
+            pairs = zip(self.labelled, self.pixels, strict=True)
+            holders = [(sample, n) for sample, pixels in pairs if (n := pixels.get(identity, 0))]
+            few = len(holders) <= max(1, _RARE_IN_IMAGES * len(self.labelled))
+            if few and sum(n for _, n in holders) < _STRAY_VALUE * everything:
+                stray[name] = [
+                    Item((self.name(sample.image),), f"{value} in {n} pixel{'s' if n > 1 else ''}")
+                    for sample, n in holders
+                ]
+        return stray
 
     def foreground(self, pixels_of: Mapping[int, int]) -> int:
         overlapping = self.label_map is not None and self.label_map.overlapping
@@ -604,9 +638,15 @@ def _label_findings(samples: _Samples) -> Iterator[Finding]:
         "nothing is learnt from them; remove them",
     )  # fmt: skip
     total = len(samples.labelled)
-    for figures in samples.classes if samples.label_map.overlapping else samples.classes[1:]:
+    yield from _finding(
+        "warning", "unexpected-label-value", [item for items in samples.stray.values() for item in items],
+        "mask holds a value that hardly any other holds", "masks hold values that hardly any others hold",
+        "each is learnt as a class of its own; correct the masks, or say what is meant with data.label_names, "
+        "data.foreground_labels, data.mask_threshold or data.ignore_label",
+    )  # fmt: skip
+    for figures in samples.foreground_classes:
         present = sum(figures.images.values())
-        if not present:
+        if not present or figures.name in samples.stray:
             continue
         if figures.pixel_share < _RARE_CLASS or present < _RARE_IN_IMAGES * total:
             yield Finding(
@@ -640,12 +680,9 @@ def _part_findings(samples: _Samples) -> Iterator[Finding]:
             "few-samples",
             f"{counts['train']} images to train on; a hundred are a beginning, fine-tuning (--init-from) needs fewer",
         )
-    classes = (
-        samples.classes if samples.label_map is not None and samples.label_map.overlapping else samples.classes[1:]
-    )
-    for figures in classes:
+    for figures in samples.foreground_classes:
         absent = [part for part in PARTS if counts[part] and not figures.images[part]]
-        if absent:
+        if absent and figures.name not in samples.stray:
             yield Finding(
                 "warning",
                 "class-absent-in-part",
