@@ -396,6 +396,11 @@ def test_an_empty_part_and_few_images_are_said(data: Path) -> None:
     assert "9 images to train on" in only(done, "few-samples").message
     assert only(done, "empty-part").severity == "warning"
     for row in rows:
+        row["part"] = "train"
+    severity = {finding.message.split()[5]: finding.severity for finding in check(as_csv(data, rows)).findings}
+    assert (severity["validation"], severity["test"]) == ("error", "warning")  # a training would refuse, too
+    assert check(as_csv(data, rows), needed=("train",)).ok
+    for row in rows:
         row["part"] = "test"
     done = check(as_csv(data, rows))
     assert "no sample falls into the train part" in done.findings[0].message
@@ -459,6 +464,37 @@ def test_duplicates_across_parts_are_an_error_and_within_one_a_warning(data: Pat
     finding = only(done, "duplicate-across-parts")
     assert finding.severity == "error"
     assert files_of(finding) == [("images/003.png", "images/a.png")]
+
+
+def test_a_dicom_patient_in_two_parts_is_a_warning_that_names_files_and_not_the_patient(tmp_path: Path) -> None:
+    pytest.importorskip("pydicom")
+    generator = np.random.Generator(np.random.Philox(3))
+
+    def write(number: int, patient: str) -> None:
+        stored = SimpleITK.GetImageFromArray(generator.integers(0, 999, (9, 8), np.uint16))
+        stored.SetMetaData("0010|0020", patient)
+        path = tmp_path / "images" / f"{number:03d}.dcm"
+        path.parent.mkdir(exist_ok=True)
+        SimpleITK.WriteImage(stored, str(path))
+        write_png(tmp_path / "masks" / f"{number:03d}.png", generator.integers(0, 2, (9, 8), np.uint8) * 255)
+
+    rows = []
+    for number in range(30):
+        write(number, f"DOE {number // 2}")  # two images each; PARTS by number, so that only 10 and 11 are torn
+        part = PARTS[number // 2 % 3] if number != 11 else "train"
+        rows.append({"image": f"images/{number:03d}.dcm", "mask": f"masks/{number:03d}.png", "part": part})
+    done = check(as_csv(tmp_path, rows))
+    finding = only(done, "patient-across-parts")
+    assert finding.severity == "warning"
+    (item,) = finding.items
+    assert item.files == ("images/011.dcm", "images/010.dcm")
+    assert item.text == "2 files in train and test"
+    assert "DOE" not in json.dumps(done.as_json())
+    rows[11]["part"] = "test"
+    assert not any(f.id == "patient-across-parts" for f in check(as_csv(tmp_path, rows)).findings)
+    for number in range(30):
+        write(number, "ANONYMOUS")  # says nothing about who is who
+    assert not any(f.id == "patient-across-parts" for f in check(as_csv(tmp_path, rows)).findings)
 
 
 def test_a_mirrored_copy_in_another_part_is_a_warning(data: Path) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from leafseg.data.dicom import dicom_group
 from leafseg.data.duplicates import Pair, near_duplicates, thumbnail
 from leafseg.data.geometry import Geometry, Reading
-from leafseg.data.images import is_volume, pixel_spacing, read_mask, read_volume
+from leafseg.data.images import DICOM_SUFFIXES, image_suffix, is_volume, pixel_spacing, read_mask, read_volume
 from leafseg.data.manifest import IGNORE, PARTS, Collected, LabelMap, Manifest, Sample, collect
 from leafseg.errors import DataError
 
@@ -220,6 +221,7 @@ def check_data(
     split_file: Path | None = None,
     fold: int | None = None,
     require_masks: bool = True,
+    needed: Collection[str] = ("train", "validation"),
     threads: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> DataCheck:
@@ -230,6 +232,7 @@ def check_data(
         settings: how files are read and what mask values mean, as for the training.
         split_file, fold: a stored split instead of the default one.
         require_masks: False accepts images without a mask.
+        needed: parts that must not be empty: without them a training does not start.
         threads: files opened at a time; decoders release the interpreter lock.
         progress: called with (files done, files in all).
     """
@@ -256,7 +259,8 @@ def check_data(
     findings += _geometry_findings(samples)
     findings += _pixel_findings(samples, settings)
     findings += _label_findings(samples)
-    findings += _part_findings(samples)
+    findings += _part_findings(samples, needed)
+    findings += _patient_findings(samples)
     findings += duplicates
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     good = not any(finding.severity == "error" for finding in findings)
@@ -296,6 +300,7 @@ class _FileLook:
         self._most_contrast = -1.0
         self.pixels_of: dict[tuple[Path, int | None], Mapping[int, int]] = {}
         self.geometries: dict[Path, Geometry] = {}
+        self.patient: bytes | None = None  # hash of what a DICOM file states, for comparison alone
         self._placed: set[Path] = set()
         self._content = hashlib.sha256()
 
@@ -313,6 +318,8 @@ class _FileLook:
         return float(np.sqrt(np.mean(np.square(self.spreads)) + np.var(self.means))) if self.means else math.nan
 
     def image(self, frame: int | None, pixels: NDArray[Any]) -> None:
+        if self.files[0] not in self._placed:
+            self.patient = _patient(self.files[0])
         self._note_geometry(self.files[0])
         self._content.update(f"{pixels.dtype} {pixels.shape}".encode())
         self._content.update(np.ascontiguousarray(pixels).data)
@@ -657,7 +664,7 @@ def _label_findings(samples: _Samples) -> Iterator[Finding]:
             )
 
 
-def _part_findings(samples: _Samples) -> Iterator[Finding]:
+def _part_findings(samples: _Samples, needed: Collection[str]) -> Iterator[Finding]:
     if not samples.samples:
         return
     counts = Counter(sample.part for sample in samples.samples)
@@ -666,13 +673,14 @@ def _part_findings(samples: _Samples) -> Iterator[Finding]:
         "validation": "no checkpoint can be chosen",
         "test": "nothing is left to measure on",
     }
+    folds = any(sample.fold is not None for sample in samples.samples)
+    remedy = "choose one of the split's folds with --fold" if folds else "add images or give a split file"
     for part in PARTS:
         if not counts[part]:
             yield Finding(
-                "error" if part == "train" else "warning",
+                "error" if part in needed else "warning",
                 "empty-part",
-                f"no sample falls into the {part} part ({len(samples.samples)} in all), {said[part]}; add images or "
-                "give a split file",
+                f"no sample falls into the {part} part ({len(samples.samples)} in all), {said[part]}; {remedy}",
             )
     if 0 < counts["train"] < _FEW_SAMPLES:
         yield Finding(
@@ -689,6 +697,29 @@ def _part_findings(samples: _Samples) -> Iterator[Finding]:
                 f"class {figures.name!r} occurs in no image of the {' and '.join(absent)} part; nothing is learnt or "
                 "measured of it there, make a stratified split",
             )
+
+
+def _patient_findings(samples: _Samples) -> Iterator[Finding]:
+    """One patient in two parts, by DICOM headers: nobody stated such a group, or stated others."""
+    files: dict[bytes, list[Path]] = defaultdict(list)
+    for path, look in samples.looks.items():
+        if look.patient is not None:
+            files[look.patient].append(path)
+    if len(files) < 2:  # one id for all is what anonymisers write
+        return
+    torn = []
+    for paths in files.values():
+        parts = {part: path for path in paths for part in samples.parts_of[path]}  # one file of each part shows it
+        if len(parts) > 1:
+            ordered = [part for part in PARTS if part in parts]
+            names = tuple(samples.name(parts[part]) for part in ordered)
+            torn.append(Item(names, f"{len(paths)} files in {' and '.join(ordered)}"))
+    yield from _finding(
+        "warning", "patient-across-parts", torn, "patient has images in several parts",
+        "patients have images in several parts",
+        "by the PatientID of their DICOM files; what is measured on them is too good, split them with `leafseg data "
+        "split --group-dicom patient`",
+    )  # fmt: skip
 
 
 # --- duplicates -----------------------------------------------------------------------------------------------------
@@ -845,6 +876,17 @@ def _raw_values(look: _FileLook, sample: Sample) -> set[int]:
         for value, n in raw.items()
         if n
     }
+
+
+def _patient(path: Path) -> bytes | None:
+    """Hash of the patient's id in a DICOM file or folder; None without one."""
+    if image_suffix(path) not in DICOM_SUFFIXES:
+        return None
+    try:
+        stated = dicom_group(path)
+    except DataError:  # the pixels could be read, and a strange header is no reason to refuse them
+        return None
+    return hashlib.sha256(stated.encode()).digest() if stated else None
 
 
 def _frames(frames: Sequence[int | None]) -> str:
