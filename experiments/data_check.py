@@ -122,11 +122,12 @@ def page(record: dict[str, Any]) -> str:
         record["command"],
         "```",
         "",
-        f"Commit {record['commit'][:7]}; {record['hardware']}, {record['versions']['python']} (Python), "
-        + ", ".join(f"{name} {number}" for name, number in record["versions"].items() if name != "python")
+        f"Commit {record['commit'][:7]}; {record['hardware']}; "
+        + ", ".join(f"{name} {number}" for name, number in record["versions"].items())
         + ".",
-        f"{record['repeats']} checks a set, each in a process of its own, {record['threads']} files at a time. Files are",
-        "images and masks; every one is opened, decoded and compared with the others. The interpreter's start is left out.",
+        f"{record['repeats']} checks a set, each in a process of its own, {record['threads']} files at a time. Files",
+        "are images and masks; every one is opened, decoded and compared with the others. The interpreter's start is",
+        "left out.",
         record["note"],
         "",
         *rows(sets),
@@ -183,7 +184,7 @@ def main() -> None:
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip(),
         "versions": {
-            "python": platform.python_version(),
+            "Python": platform.python_version(),
             **{name: version(name) for name in ("leafseg", "numpy", "pillow", "scipy")},
         },
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
