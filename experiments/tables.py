@@ -66,7 +66,7 @@ def accuracy() -> list[str]:
             label,
             f"{figures['images'] - figures['empty']} + {figures['empty']} without it",
             *[interval(figures.get(metric)) for metric in ("dice", "iou", "precision", "recall", "hd95")],
-            figures.get("distance_unit", ""),
+            run.get("distance_unit", "not recorded"),
         ]
         for run in runs
         if run["data"] not in EXPECTED
@@ -97,6 +97,39 @@ def accuracy() -> list[str]:
             "",
         ]
     return text
+
+
+def empty_masks() -> list[str]:
+    """How images without the finding count, by the records of the runs that have some."""
+    checks = read_json("data_check.json").get("sets", {})
+    rows = []
+    for run in read_lines("runs.jsonl"):
+        figures = run.get("test", {}).get("foreground", {})
+        if run["experiment"] != "tiny_accuracy" or not figures.get("empty"):
+            continue
+        rate, dice, empty = figures["false_positive_rate"], figures["dice"], figures["empty"]
+        marked = round(rate["mean"] * empty)
+        together = (dice["mean"] * dice["n"] + empty - marked) / (dice["n"] + empty)
+        found = [f["cases"] for f in checks.get(run["data"], {}).get("findings", []) if f["id"] == "empty-mask"]
+        rows.append(
+            [
+                run["data"],
+                f"{found[0]} of {checks[run['data']]['images']}" if found else MISSING,
+                f"{empty} of {figures['images']}",
+                f"{marked} of {empty}: {interval(rate)}",
+                f"{interval(dice)}, n = {dice['n']}",
+                f"{together:.3f}, n = {dice['n'] + empty}",
+            ]
+        )
+    head = [
+        "data",
+        "empty masks in the set",
+        "in the test part",
+        "of these, something was marked (false-positive rate)",
+        "Dice, non-empty masks",
+        "if an empty image counted 1 or 0",
+    ]
+    return table(head, rows or [["busi", *[MISSING] * 5]])
 
 
 def round_trip() -> list[str]:
@@ -221,6 +254,15 @@ def main() -> None:
         "both commands and appends to `runs.jsonl`, which holds all settings.",
         "",
         *accuracy(),
+        "## Empty masks",
+        "",
+        "Where nothing is to be found, overlap says nothing: such an image has no Dice, and enters no mean of it. What",
+        "counts is whether anything was marked there, in a rate of its own with its own interval and n",
+        "([the rules](../evaluation.md#empty-masks)). Dice alone would hide it, and a mean over all images would mix",
+        "finding with outlining: the last column shows what it would say if an image without the finding counted 1",
+        "when nothing was marked and 0 otherwise.",
+        "",
+        *empty_masks(),
         "## Mask round trip of the compact autoencoder at 256 px",
         "",
         "```",

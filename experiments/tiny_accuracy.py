@@ -70,6 +70,7 @@ def main() -> None:
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
         "note": arguments.note,
         "test": summary["classes"],
+        "distance_unit": summary["distance_unit"],
         "settings": run["record"]["settings"],
     }
     RECORDS.parent.mkdir(parents=True, exist_ok=True)

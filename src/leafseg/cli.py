@@ -283,7 +283,7 @@ def _evaluated(
     from leafseg.data.manifest import load_manifest
     from leafseg.evaluation.evaluate import evaluate as run_evaluation
     from leafseg.runs import model_sha256, selected_on_test
-    from leafseg.training.run import library_versions
+    from leafseg.training.run import hardware, library_versions
 
     settings, run_split = _data_of_run(model, overrides)
     settings = settings.model_copy(update={"preprocessing": segmenter.preprocessing})
@@ -294,6 +294,7 @@ def _evaluated(
         model=model, model_sha256=model_sha256(model), data=data.resolve().name, part=split.value,
         preprocessing=segmenter.preprocessing.model_dump(mode="json"),
         versions={name: version(name) for name in ("leafseg", "monai", "scipy")} | library_versions(),
+        hardware=hardware(),
     )  # fmt: skip
     if split in (Part.test, Part.all) and selected_on_test(Path(model)):
         result.summary["selected_on_test"] = True
@@ -897,7 +898,8 @@ def _data_of_run(model: str, overrides: list[str] | None) -> tuple[Any, Path | N
     from leafseg.runs import SPLIT_FILE, is_ensemble, run_of
 
     if is_ensemble(Path(model)):
-        from leafseg.ensemble import ensemble_models, split_of_ensemble
+        from leafseg.ensemble import split_of_ensemble
+        from leafseg.runs import ensemble_models
 
         return _data_of_run(ensemble_models(Path(model))[0], overrides)[0], split_of_ensemble(Path(model))
     run = run_of(Path(model))

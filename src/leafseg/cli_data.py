@@ -127,14 +127,15 @@ def data_check(
     from leafseg.files import write_json_atomic
     from leafseg.progress import progress_bar
 
-    settings = load_settings(preset, file=config, overrides=overrides or ()).data
+    settings = load_settings(preset, file=config, overrides=overrides or ())
     with progress_bar("checking", total=1) as bar:
         done = check_data(
             data,
-            settings=settings,
+            settings=settings.data,
             split_file=split_file,
             fold=fold,
             require_masks=not no_masks,
+            needed=() if no_masks else settings.training.needed_parts,
             threads=workers,
             progress=bar.reach,
         )

@@ -7,6 +7,8 @@ error that suggests the nearest one. Nothing here imports torch, so that the com
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -359,6 +361,11 @@ class TrainingSettings(SettingsModel):
         """Whether any validation may be due."""
         return self.validate_every is not None or self.validations > 0
 
+    @property
+    def needed_parts(self) -> tuple[str, ...]:
+        """Parts of the data without which a training does not start."""
+        return ("train", self.selection_part) if self.validates else ("train",)
+
     @model_validator(mode="after")
     def _one_budget(self) -> TrainingSettings:
         if self.steps is not None and self.minutes is not None:
@@ -694,6 +701,31 @@ def override_settings(settings: Settings, overrides: Iterable[str]) -> Settings:
     if modality not in (None, settings.data.modality):
         layers.insert(1, _augmentation_of(modality, settings.preset))
     return parse_settings(_merged(layers), source="--set")
+
+
+def overrides_of(settings: Settings) -> list[str]:
+    """What ``--set`` has to say on top of the preset to get exactly these settings, such as ``training.seed=3``.
+
+    Raises:
+        ConfigError: if the preset is unknown.
+    """
+    modality = f"data.modality={settings.data.modality}"  # stands for an augmentation
+    usual, told = load_settings(settings.preset), load_settings(settings.preset, overrides=[modality])
+    changes = [modality] if told.data.modality != usual.data.modality else []
+    return changes + list(_differences(told.model_dump(mode="json"), settings.model_dump(mode="json")))
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in new.items():
+        if isinstance(value, Mapping) and name != "label_names":
+            yield from _differences(old[name], value, f"{prefix}{name}.")
+        elif value != old[name]:
+            plain = (
+                isinstance(value, str)
+                and re.fullmatch(r"[A-Za-z/][A-Za-z0-9_./:-]*", value) is not None
+                and value.lower() not in ("null", "true", "false", "yes", "no", "on", "off")  # YAML's words
+            )
+            yield f"{prefix}{name}={value if plain else json.dumps(value)}"
 
 
 def _read_yaml(file: Path | None) -> dict[str, Any]:

@@ -19,9 +19,8 @@ from leafseg.baseline import BaselineSegmenter, load_baseline
 from leafseg.config import PreprocessingSettings
 from leafseg.data.manifest import read_csv
 from leafseg.errors import CheckpointError
-from leafseg.files import read_json
 from leafseg.predict import PipelineSegmenter, Segmentation, Segmenter, load_segmenter
-from leafseg.runs import ENSEMBLE_FILE, SPLIT_FILE, is_baseline, is_ensemble, run_of
+from leafseg.runs import SPLIT_FILE, ensemble_models, is_baseline, is_ensemble, run_of
 
 log = logging.getLogger(__name__)
 
@@ -94,20 +93,6 @@ class EnsembleSegmenter:
 def _differences(one: PreprocessingSettings, other: PreprocessingSettings) -> list[str]:
     mine, theirs = one.model_dump(), other.model_dump()
     return [f"{name} is {theirs[name]} and {mine[name]}" for name in mine if mine[name] != theirs[name]]
-
-
-def ensemble_models(folder: Path) -> list[str]:
-    """The models of an ensemble's folder, as names to load.
-
-    Raises:
-        DataError: if its file cannot be read.
-        CheckpointError: if it lists no models.
-    """
-    path = folder / ENSEMBLE_FILE
-    models = read_json(path).get("models")
-    if not isinstance(models, list) or not models or not all(isinstance(model, str) and model for model in models):
-        raise CheckpointError(f"{path}: lists no models; it holds {{'models': [PATH, ...]}} as JSON, correct it")
-    return [str(folder / model) if (folder / model).exists() else model for model in models]
 
 
 def load_ensemble(folder: Path, **options: Any) -> EnsembleSegmenter:

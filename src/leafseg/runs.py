@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from leafseg.errors import CheckpointError
+from leafseg.files import read_json
 
 RUN_FILE = "run.json"
 SPLIT_FILE = "split.csv"
@@ -77,7 +78,14 @@ def best_checkpoint(run: Path) -> Path:
 
 
 def model_sha256(model: str) -> str | None:
-    """Hash of the names and contents of a model's files; None for what is no pipeline's folder here (a hub id)."""
+    """Hash of the names and contents of a model's files; None for what is no pipeline's folder here (a hub id).
+
+    That of an ensemble is made of its models' hashes in their order.
+    """
+    if is_ensemble(Path(model)):
+        parts = [model_sha256(part) for part in ensemble_models(Path(model))]
+        known = [part for part in parts if part is not None]
+        return hashlib.sha256("\n".join(known).encode()).hexdigest() if len(known) == len(parts) else None
     folder = Path(resolve_model(model))
     if not any((folder / name).is_file() for name in ("model_index.json", BASELINE_FILE)):
         return None
@@ -108,6 +116,20 @@ def is_baseline(model: str) -> bool:
         return (Path(resolve_model(model)) / BASELINE_FILE).is_file()
     except CheckpointError:
         return False  # a run without a checkpoint: the loader says so
+
+
+def ensemble_models(folder: Path) -> list[str]:
+    """The models of an ensemble's folder, as names to load.
+
+    Raises:
+        DataError: if its file cannot be read.
+        CheckpointError: if it lists no models.
+    """
+    path = folder / ENSEMBLE_FILE
+    models = read_json(path).get("models")
+    if not isinstance(models, list) or not models or not all(isinstance(model, str) and model for model in models):
+        raise CheckpointError(f"{path}: lists no models; it holds {{'models': [PATH, ...]}} as JSON, correct it")
+    return [str(folder / model) if (folder / model).exists() else model for model in models]
 
 
 def resolve_model(model: str) -> str:

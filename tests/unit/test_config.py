@@ -14,6 +14,7 @@ from leafseg.config import (
     load_autoencoder_settings,
     load_settings,
     override_settings,
+    overrides_of,
     parse_settings,
     preset_names,
 )
@@ -262,3 +263,24 @@ def test_every_difference_of_the_reference_preset_is_a_documented_setting() -> N
         "training.ema_parts": "unet",
     }
     assert {name: reference[name] for name in released} == released
+
+
+@pytest.mark.parametrize("preset", preset_names())
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["training.minutes=3", "data.modality=xray", "data.augmentation.horizontal_flip=true"],
+        ["training.steps=7", 'data.label_names={1: "on", 2: left lung}', "teacher.name=none"],
+        [
+            "data.preprocessing.window=[40,400]",
+            "data.preprocessing.intensity=window",
+            "data.preprocessing.size=[64,96]",
+        ],
+    ],
+)
+def test_settings_follow_from_their_preset_and_what_they_change(preset: str, overrides: list[str]) -> None:
+    settings = load_settings(preset, overrides=overrides)
+    told = overrides_of(settings)
+    assert load_settings(preset, overrides=told) == settings
+    assert len(told) <= 4  # no more than was changed; minutes give way to steps

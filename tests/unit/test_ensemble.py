@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from leafseg.config import PreprocessingSettings
-from leafseg.ensemble import EnsembleSegmenter, ensemble_models, load_ensemble, load_model, split_of_ensemble
+from leafseg.ensemble import EnsembleSegmenter, load_ensemble, load_model, split_of_ensemble
 from leafseg.errors import CheckpointError
 from leafseg.pipeline import LeafPipeline
 from leafseg.predict import PipelineSegmenter, Segmentation, load_segmenter
+from leafseg.runs import ensemble_models, model_sha256
 
 
 @dataclass
@@ -110,6 +111,11 @@ def test_an_ensembles_folder_loads_the_models_that_it_lists(tiny_pipeline: LeafP
     assert np.abs(one - two).max() > 1e-4
     np.testing.assert_allclose(ensemble.segment([image])[0].probability, (one + two) / 2, atol=1e-6)
     assert isinstance(load_model(str(tmp_path / "a")), PipelineSegmenter)
+    whole = model_sha256(str(tmp_path))
+    parts = [model_sha256(str(tmp_path / name)) for name in ("a", "inner/b")]
+    assert len({whole, *parts} - {None}) == 3
+    (tmp_path / "ensemble.json").write_text(json.dumps({"models": ["a", "a"]}))
+    assert model_sha256(str(tmp_path)) != whole
 
 
 @pytest.mark.parametrize("text", ["{}", '{"models": []}', '{"models": "a"}', '{"models": [1]}'])

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import re
+import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from leafseg.config import DataSettings, PreprocessingSettings
+from leafseg.config import DataSettings, PreprocessingSettings, load_settings, override_settings
 from leafseg.data.images import read_image, write_png
 from leafseg.data.manifest import load_manifest
 from leafseg.errors import DataError
@@ -221,6 +224,20 @@ def test_the_page_shows_every_measure_with_its_number_of_images_and_all_that_rep
     # 9 of 10 pixels that are stated with 0.9 should be true, 5 are; the other 90 are calibrated: (0.4 x 10) / 100.
     assert "0.0400" in page
     assert not re.search(r"https?://", page)
+
+
+def test_the_page_holds_the_command_that_trains_such_a_model_again(tmp_path: Path) -> None:
+    overrides = ["teacher.name=none", "training.minutes=20", "data.label_names={1: left lung}", "training.seed=3"]
+    trained = load_settings("leaf-tiny", overrides=overrides)
+    record = {"settings": trained.model_dump(mode="json"), "calibration": {"steps": 757}}
+    write_report(tmp_path / "r.html", title="T", evaluation=full(), record=record)
+    page = html.unescape((tmp_path / "r.html").read_text(encoding="utf-8"))
+    (command,) = re.findall(r"<pre>(leafseg train .*)</pre>", page)
+    words = shlex.split(command)
+    assert words[:8] == shlex.split("leafseg train --data DATA --split-file RUN/split.csv --preset leaf-tiny")
+    again = load_settings("leaf-tiny", overrides=[b for a, b in pairwise(words) if a == "--set"])
+    assert again.training.steps == 757  # the minutes gave so many; on another machine they would give others
+    assert again == override_settings(trained, ["training.steps=757"])
 
 
 def test_few_images_groups_and_a_part_that_was_trained_on_are_said(tmp_path: Path) -> None:

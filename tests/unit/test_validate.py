@@ -39,7 +39,7 @@ def check(data: Path, **options: object) -> DataCheck:
     assert [order.index(finding.severity) for finding in done.findings] == sorted(
         order.index(finding.severity) for finding in done.findings
     )
-    assert done.ok == (done.manifest is not None) or not done.files
+    assert done.ok == (done.manifest is not None) or not done.images
     for finding in done.findings:
         assert "\n" not in finding.message
         assert len(finding.message) < 1000
@@ -86,8 +86,9 @@ def test_good_data_give_no_finding_and_the_manifest_of_a_training(data: Path) ->
     assert done.findings == ()
     assert done.ok
     assert done.manifest == load_manifest(data, settings=SETTINGS)
-    assert done.files == len(list((data / "images").iterdir()))
-    assert sum(done.parts.values()) == done.files
+    assert done.images == len(list((data / "images").iterdir()))
+    assert done.files == 2 * done.images
+    assert sum(done.parts.values()) == done.images
     assert done.summary().endswith("nothing found")
 
 
@@ -151,6 +152,17 @@ def test_all_problems_of_all_kinds_are_reported_at_once(data: Path) -> None:
     assert (files_of(constant), constant.severity, constant.items[0].text) == (
         [("images/006.png",)], "warning", "every pixel is 9",
     )  # fmt: skip
+
+
+def test_a_single_unreadable_file_hides_no_mask_of_another_size(data: Path) -> None:
+    image(data, 3).write_bytes(b"no image")
+    write_png(mask(data, 5), np.zeros((7, 9), np.uint8))
+    done = check(data)
+    assert files_of(only(done, "unreadable")) == [("images/003.png",)]
+    (item,) = only(done, "size-mismatch").items
+    assert (item.files, item.text) == (("images/005.png",), "the image is 36x40, the mask 9x7")
+    with pytest.raises(DataError, match=r"003\.png.*masks/005\.png is 9x7"):
+        load_manifest(data, settings=SETTINGS)
 
 
 def test_the_check_says_what_a_training_would_say(data: Path) -> None:
@@ -222,7 +234,7 @@ def volumes(tmp_path: Path) -> Path:
 
 def test_volumes_are_counted_by_file_and_by_slice(volumes: Path) -> None:
     done = check(volumes)
-    assert done.files == 6
+    assert (done.images, done.files) == (6, 12)
     assert sum(done.parts.values()) == 18
     assert sum(done.groups.values()) == 6
     assert done.fingerprint.spacings_mm == {(1.0, 1.0, 1.0): 6}
@@ -329,7 +341,7 @@ def test_values_that_could_mean_anything_are_an_error_and_the_rest_is_still_chec
     done = check(data)
     assert "data.mask_threshold=127" in only(done, "label-values").message
     assert only(done, "constant-image")
-    assert sum(done.parts.values()) == done.files
+    assert sum(done.parts.values()) == done.images
 
 
 def test_masks_that_the_threshold_empties_are_found(data: Path) -> None:
@@ -344,6 +356,23 @@ def test_a_mask_of_the_ignore_label_alone_teaches_nothing(data: Path) -> None:
     assert files_of(finding) == [("images/003.png",)]
 
 
+def test_a_slip_of_the_pen_is_not_silently_a_class_of_its_own(data: Path) -> None:
+    drawn = pixels(mask(data, 5))
+    drawn[0, :2] = 77
+    write_png(mask(data, 5), drawn)
+    (finding,) = check(data).findings
+    assert (finding.id, finding.severity) == ("unexpected-label-value", "warning")
+    (item,) = finding.items
+    assert (item.files, item.text) == (("images/005.png",), "77 in 2 pixels")
+    named = DataSettings(label_names={77: "vessel", 255: "lesion"})  # now it is expected, and rare
+    assert [f.id for f in check(data, settings=named).findings if "class" in f.id] == [
+        "class-absent-in-part",
+        "class-imbalance",
+    ]
+    meant = DataSettings(foreground_labels=(77, 255))
+    assert not check(data, settings=meant).findings
+
+
 def test_a_rare_class_and_one_that_a_part_lacks_are_said(data: Path) -> None:
     samples = load_manifest(data, settings=SETTINGS).samples
     first = next(sample for sample in samples if sample.part == "train")
@@ -353,8 +382,8 @@ def test_a_rare_class_and_one_that_a_part_lacks_are_said(data: Path) -> None:
         if sample is first:
             labels[0, 0] = 2
         write_png(sample.mask, labels)
-    done = check(data)
-    assert "class 2" in only(done, "class-imbalance").message
+    done = check(data, settings=DataSettings(label_names={1: "organ", 2: "lesion"}))
+    assert "lesion" in only(done, "class-imbalance").message
     assert "validation and test part" in only(done, "class-absent-in-part").message
 
 
@@ -366,6 +395,11 @@ def test_an_empty_part_and_few_images_are_said(data: Path) -> None:
     done = check(as_csv(data, rows))
     assert "9 images to train on" in only(done, "few-samples").message
     assert only(done, "empty-part").severity == "warning"
+    for row in rows:
+        row["part"] = "train"
+    severity = {finding.message.split()[5]: finding.severity for finding in check(as_csv(data, rows)).findings}
+    assert (severity["validation"], severity["test"]) == ("error", "warning")  # a training would refuse, too
+    assert check(as_csv(data, rows), needed=("train",)).ok
     for row in rows:
         row["part"] = "test"
     done = check(as_csv(data, rows))
@@ -430,6 +464,37 @@ def test_duplicates_across_parts_are_an_error_and_within_one_a_warning(data: Pat
     finding = only(done, "duplicate-across-parts")
     assert finding.severity == "error"
     assert files_of(finding) == [("images/003.png", "images/a.png")]
+
+
+def test_a_dicom_patient_in_two_parts_is_a_warning_that_names_files_and_not_the_patient(tmp_path: Path) -> None:
+    pytest.importorskip("pydicom")
+    generator = np.random.Generator(np.random.Philox(3))
+
+    def write(number: int, patient: str) -> None:
+        stored = SimpleITK.GetImageFromArray(generator.integers(0, 999, (9, 8), np.uint16))
+        stored.SetMetaData("0010|0020", patient)
+        path = tmp_path / "images" / f"{number:03d}.dcm"
+        path.parent.mkdir(exist_ok=True)
+        SimpleITK.WriteImage(stored, str(path))
+        write_png(tmp_path / "masks" / f"{number:03d}.png", generator.integers(0, 2, (9, 8), np.uint8) * 255)
+
+    rows = []
+    for number in range(30):
+        write(number, f"DOE {number // 2}")  # two images each; PARTS by number, so that only 10 and 11 are torn
+        part = PARTS[number // 2 % 3] if number != 11 else "train"
+        rows.append({"image": f"images/{number:03d}.dcm", "mask": f"masks/{number:03d}.png", "part": part})
+    done = check(as_csv(tmp_path, rows))
+    finding = only(done, "patient-across-parts")
+    assert finding.severity == "warning"
+    (item,) = finding.items
+    assert item.files == ("images/011.dcm", "images/010.dcm")
+    assert item.text == "2 files in train and test"
+    assert "DOE" not in json.dumps(done.as_json())
+    rows[11]["part"] = "test"
+    assert not any(f.id == "patient-across-parts" for f in check(as_csv(tmp_path, rows)).findings)
+    for number in range(30):
+        write(number, "ANONYMOUS")  # says nothing about who is who
+    assert not any(f.id == "patient-across-parts" for f in check(as_csv(tmp_path, rows)).findings)
 
 
 def test_a_mirrored_copy_in_another_part_is_a_warning(data: Path) -> None:

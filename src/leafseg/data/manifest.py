@@ -352,9 +352,11 @@ def collect(
     scans = scan_rows(rows, progress, threads=threads, new_look=new_look, reading=Reading.of(settings.preprocessing))
     problems += _scan_problems(rows, scans, root)
     unusable = {
-        files[0]: (scan.kind, scan.problem) if scan.problem else ("size-mismatch", "")
+        files[0]: (scan.kind, scan.problem)
+        if scan.problem
+        else ("size-mismatch", f"the image is {_sides(scan.size)}, the mask {_sides(other[0])}")
         for files, scan in scans.items()
-        if scan.problem or any(size != scan.size for size in scan.mask_sizes)
+        if (other := [size for size in scan.mask_sizes if size != scan.size]) or scan.problem
     }
     good = [row for row in rows if row.image not in unusable]
     used = {row.files: scans[row.files] for row in good}
@@ -823,25 +825,36 @@ def _pixels_of(raw: NDArray[np.int64]) -> dict[int, int]:
 
 def _scan_problems(rows: Iterable[_Row], scans: Mapping[_Files, _Scan], root: Path) -> list[Problem]:
     broken = [scan for scan in scans.values() if scan.problem]
-    if len(broken) == 1 and broken[0].problem:
-        return [Problem(broken[0].problem, broken[0].kind)]
     unreadable = [scan.problem for scan in broken if scan.problem and scan.kind == "unreadable"]
     differing = [scan.problem for scan in broken if scan.problem and scan.kind == "size-mismatch"]
+    sentence = len(differing) == 1  # with its own remedy, unlike what follows
     for (_, *masks), scan in scans.items():
         for mask, size in zip(masks, scan.mask_sizes, strict=not scan.problem):
             if size != scan.size:
-                differing.append(
-                    f"{_relative(mask, root)} is {size[1]}x{size[0]}, its image is {scan.size[1]}x{scan.size[0]}"
-                )
+                sentence = False
+                differing.append(f"{_relative(mask, root)} is {_sides(size)}, its image is {_sides(scan.size)}")
     return [
-        *_problem(
-            unreadable, "file is unusable", "files are unusable", "replace or remove them", kind="unreadable"
+        *(
+            [Problem(unreadable[0], "unreadable")]  # a single sentence speaks for itself
+            if len(unreadable) == 1
+            else _problem(
+                unreadable, "file is unusable", "files are unusable", "replace or remove them", kind="unreadable"
+            )
         ),
-        *_problem(
-            differing, "mask differs from its image in size", "masks differ from their images in size",
-            "both must share one grid", kind="size-mismatch",
+        *(
+            [Problem(differing[0], "size-mismatch")]
+            if sentence
+            else _problem(
+                differing, "mask differs from its image in size", "masks differ from their images in size",
+                "both must share one grid", kind="size-mismatch",
+            )
         ),
     ]  # fmt: skip
+
+
+def _sides(size: tuple[int, int]) -> str:
+    """(height, width) as people say it."""
+    return f"{size[1]}x{size[0]}"
 
 
 def _samples(data: Path, root: Path, rows: Sequence[_Row], scans: Mapping[_Files, _Scan]) -> list[Sample]:

@@ -10,17 +10,19 @@ import hashlib
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from leafseg.data.dicom import dicom_group
 from leafseg.data.duplicates import Pair, near_duplicates, thumbnail
 from leafseg.data.geometry import Geometry, Reading
-from leafseg.data.images import is_volume, pixel_spacing, read_mask, read_volume
+from leafseg.data.images import DICOM_SUFFIXES, image_suffix, is_volume, pixel_spacing, read_mask, read_volume
 from leafseg.data.manifest import IGNORE, PARTS, Collected, LabelMap, Manifest, Sample, collect
 from leafseg.errors import DataError
 
@@ -36,6 +38,7 @@ _KEPT_PIXELS = 256  # of these, kept for the data set's histogram
 _FEW_SAMPLES = 20
 _RARE_CLASS = 0.005  # share of all labelled pixels
 _RARE_IN_IMAGES = 0.05  # share of images
+_STRAY_VALUE = 0.001  # share of all foreground pixels
 _OUTLIER = 6.0  # robust standard deviations
 _ENOUGH_FOR_OUTLIERS = 20  # images
 _SAME_SPACING = 1e-3  # relative: headers hold single precision
@@ -112,7 +115,8 @@ class DataCheck:
     Attributes:
         data: what was checked.
         findings: errors first.
-        files: images that were opened, with their masks.
+        images: image files that were opened, with their masks; a folder of DICOM slices is one.
+        files: all files that were opened, masks included.
         seconds: it took so long.
         samples: of the images that can be used, in their parts.
         label_map: None if the mask values are in doubt.
@@ -124,6 +128,7 @@ class DataCheck:
     data: Path
     root: Path
     findings: tuple[Finding, ...]
+    images: int
     files: int
     seconds: float
     samples: tuple[Sample, ...]
@@ -164,7 +169,8 @@ class DataCheck:
     def summary(self) -> str:
         """One line: how many files, and how many findings of each severity."""
         found = ", ".join(f"{n} {name}{'s' if n != 1 else ''}" for name in SEVERITIES if (n := self.count(name)))
-        return f"data check: {self.files} images opened in {self.seconds:.1f} s; {found or 'nothing found'}"
+        masks = f" and {self.files - self.images} masks" if self.files > self.images else ""
+        return f"data check: {self.images} images{masks} opened in {self.seconds:.1f} s; {found or 'nothing found'}"
 
     def as_json(self) -> dict[str, Any]:
         """The whole outcome as plain values; files are named relative to ``root``, groups not at all."""
@@ -174,6 +180,7 @@ class DataCheck:
             "data": str(self.data),
             "ok": self.ok,
             "counts": {name: self.count(name) for name in SEVERITIES},
+            "images": self.images,
             "files": self.files,
             "seconds": round(self.seconds, 3),
             "files_per_second": round(self.files / self.seconds, 1) if self.seconds else None,
@@ -214,6 +221,7 @@ def check_data(
     split_file: Path | None = None,
     fold: int | None = None,
     require_masks: bool = True,
+    needed: Collection[str] = ("train", "validation"),
     threads: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> DataCheck:
@@ -224,6 +232,7 @@ def check_data(
         settings: how files are read and what mask values mean, as for the training.
         split_file, fold: a stored split instead of the default one.
         require_masks: False accepts images without a mask.
+        needed: parts that must not be empty: without them a training does not start.
         threads: files opened at a time; decoders release the interpreter lock.
         progress: called with (files done, files in all).
     """
@@ -250,7 +259,8 @@ def check_data(
     findings += _geometry_findings(samples)
     findings += _pixel_findings(samples, settings)
     findings += _label_findings(samples)
-    findings += _part_findings(samples)
+    findings += _part_findings(samples, needed)
+    findings += _patient_findings(samples)
     findings += duplicates
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     good = not any(finding.severity == "error" for finding in findings)
@@ -258,7 +268,8 @@ def check_data(
         data=Path(data),
         root=collected.root,
         findings=tuple(findings),
-        files=len(looks),
+        images=len(looks),
+        files=sum(map(len, looks)),
         seconds=time.monotonic() - started,
         samples=collected.samples,
         label_map=collected.label_map,
@@ -289,6 +300,7 @@ class _FileLook:
         self._most_contrast = -1.0
         self.pixels_of: dict[tuple[Path, int | None], Mapping[int, int]] = {}
         self.geometries: dict[Path, Geometry] = {}
+        self.patient: bytes | None = None  # hash of what a DICOM file states, for comparison alone
         self._placed: set[Path] = set()
         self._content = hashlib.sha256()
 
@@ -306,6 +318,8 @@ class _FileLook:
         return float(np.sqrt(np.mean(np.square(self.spreads)) + np.var(self.means))) if self.means else math.nan
 
     def image(self, frame: int | None, pixels: NDArray[Any]) -> None:
+        if self.files[0] not in self._placed:
+            self.patient = _patient(self.files[0])
         self._note_geometry(self.files[0])
         self._content.update(f"{pixels.dtype} {pixels.shape}".encode())
         self._content.update(np.ascontiguousarray(pixels).data)
@@ -377,6 +391,33 @@ class _Samples:
     def name(self, path: Path) -> str:
         """A file as findings name it."""
         return _name(path, self.root)
+
+    @property
+    def foreground_classes(self) -> tuple[ClassFigures, ...]:
+        """The classes without the background; overlapping labels have none."""
+        return self.classes if self.label_map is not None and self.label_map.overlapping else self.classes[1:]
+
+    @cached_property
+    def stray(self) -> dict[str, list[Item]]:
+        """By class: the masks with a value that nobody named, in few masks and few pixels."""
+        label_map = self.label_map
+        if label_map is None or label_map.overlapping or label_map.threshold is not None or len(label_map.names) < 3:
+            return {}
+        everything = sum(map(self.foreground, self.pixels))
+        stray: dict[str, list[Item]] = {}
+        for value, identity in label_map.values:
+            name = label_map.names[identity]
+            if identity == 0 or name != f"class {value}":  # somebody expects it
+                continue
+            pairs = zip(self.labelled, self.pixels, strict=True)
+            holders = [(sample, n) for sample, pixels in pairs if (n := pixels.get(identity, 0))]
+            few = len(holders) <= max(1, _RARE_IN_IMAGES * len(self.labelled))
+            if few and sum(n for _, n in holders) < _STRAY_VALUE * everything:
+                stray[name] = [
+                    Item((self.name(sample.image),), f"{value} in {n} pixel{'s' if n > 1 else ''}")
+                    for sample, n in holders
+                ]
+        return stray
 
     def foreground(self, pixels_of: Mapping[int, int]) -> int:
         overlapping = self.label_map is not None and self.label_map.overlapping
@@ -604,9 +645,15 @@ def _label_findings(samples: _Samples) -> Iterator[Finding]:
         "nothing is learnt from them; remove them",
     )  # fmt: skip
     total = len(samples.labelled)
-    for figures in samples.classes if samples.label_map.overlapping else samples.classes[1:]:
+    yield from _finding(
+        "warning", "unexpected-label-value", [item for items in samples.stray.values() for item in items],
+        "mask holds a value that hardly any other holds", "masks hold values that hardly any others hold",
+        "each is learnt as a class of its own; correct the masks, or say what is meant with data.label_names, "
+        "data.foreground_labels, data.mask_threshold or data.ignore_label",
+    )  # fmt: skip
+    for figures in samples.foreground_classes:
         present = sum(figures.images.values())
-        if not present:
+        if not present or figures.name in samples.stray:
             continue
         if figures.pixel_share < _RARE_CLASS or present < _RARE_IN_IMAGES * total:
             yield Finding(
@@ -617,7 +664,7 @@ def _label_findings(samples: _Samples) -> Iterator[Finding]:
             )
 
 
-def _part_findings(samples: _Samples) -> Iterator[Finding]:
+def _part_findings(samples: _Samples, needed: Collection[str]) -> Iterator[Finding]:
     if not samples.samples:
         return
     counts = Counter(sample.part for sample in samples.samples)
@@ -626,13 +673,14 @@ def _part_findings(samples: _Samples) -> Iterator[Finding]:
         "validation": "no checkpoint can be chosen",
         "test": "nothing is left to measure on",
     }
+    folds = any(sample.fold is not None for sample in samples.samples)
+    remedy = "choose one of the split's folds with --fold" if folds else "add images or give a split file"
     for part in PARTS:
         if not counts[part]:
             yield Finding(
-                "error" if part == "train" else "warning",
+                "error" if part in needed else "warning",
                 "empty-part",
-                f"no sample falls into the {part} part ({len(samples.samples)} in all), {said[part]}; add images or "
-                "give a split file",
+                f"no sample falls into the {part} part ({len(samples.samples)} in all), {said[part]}; {remedy}",
             )
     if 0 < counts["train"] < _FEW_SAMPLES:
         yield Finding(
@@ -640,18 +688,38 @@ def _part_findings(samples: _Samples) -> Iterator[Finding]:
             "few-samples",
             f"{counts['train']} images to train on; a hundred are a beginning, fine-tuning (--init-from) needs fewer",
         )
-    classes = (
-        samples.classes if samples.label_map is not None and samples.label_map.overlapping else samples.classes[1:]
-    )
-    for figures in classes:
+    for figures in samples.foreground_classes:
         absent = [part for part in PARTS if counts[part] and not figures.images[part]]
-        if absent:
+        if absent and figures.name not in samples.stray:
             yield Finding(
                 "warning",
                 "class-absent-in-part",
                 f"class {figures.name!r} occurs in no image of the {' and '.join(absent)} part; nothing is learnt or "
                 "measured of it there, make a stratified split",
             )
+
+
+def _patient_findings(samples: _Samples) -> Iterator[Finding]:
+    """One patient in two parts, by DICOM headers: nobody stated such a group, or stated others."""
+    files: dict[bytes, list[Path]] = defaultdict(list)
+    for path, look in samples.looks.items():
+        if look.patient is not None:
+            files[look.patient].append(path)
+    if len(files) < 2:  # one id for all is what anonymisers write
+        return
+    torn = []
+    for paths in files.values():
+        parts = {part: path for path in paths for part in samples.parts_of[path]}  # one file of each part shows it
+        if len(parts) > 1:
+            ordered = [part for part in PARTS if part in parts]
+            names = tuple(samples.name(parts[part]) for part in ordered)
+            torn.append(Item(names, f"{len(paths)} files in {' and '.join(ordered)}"))
+    yield from _finding(
+        "warning", "patient-across-parts", torn, "patient has images in several parts",
+        "patients have images in several parts",
+        "by the PatientID of their DICOM files; what is measured on them is too good, split them with `leafseg data "
+        "split --group-dicom patient`",
+    )  # fmt: skip
 
 
 # --- duplicates -----------------------------------------------------------------------------------------------------
@@ -808,6 +876,17 @@ def _raw_values(look: _FileLook, sample: Sample) -> set[int]:
         for value, n in raw.items()
         if n
     }
+
+
+def _patient(path: Path) -> bytes | None:
+    """Hash of the patient's id in a DICOM file or folder; None without one."""
+    if image_suffix(path) not in DICOM_SUFFIXES:
+        return None
+    try:
+        stated = dicom_group(path)
+    except DataError:  # the pixels could be read, and a strange header is no reason to refuse them
+        return None
+    return hashlib.sha256(stated.encode()).digest() if stated else None
 
 
 def _frames(frames: Sequence[int | None]) -> str:

@@ -12,6 +12,7 @@ import dataclasses
 import io
 import json
 import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -23,9 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from leafseg.config import override_settings, overrides_of, parse_settings
 from leafseg.data.images import Reading, read_image
 from leafseg.data.manifest import IGNORE, Manifest, read_labels
-from leafseg.errors import DataError, MissingExtraError
+from leafseg.errors import ConfigError, DataError, MissingExtraError
 from leafseg.evaluation.calibration import Reliability
 from leafseg.evaluation.evaluate import DISTANCES, METRICS, VOLUME_METRICS, Evaluation, EvaluationRow
 from leafseg.files import write_text_atomic
@@ -198,6 +200,7 @@ def write_report(
         own_versions=_versions(evaluation.summary.get("versions", {})),
         settings="\n".join(_dotted(settings)) if isinstance(settings, Mapping) else "",
         command=command,
+        training_command=_training_command(record),
     )
     write_text_atomic(path, page)
 
@@ -356,6 +359,8 @@ def _facts(
         yield "Starting noise", f"{summary['noise']}, {draws} draw{'s, averaged' if draws > 1 else ''}"
     if "precision" in summary:
         yield "Precision", str(summary["precision"])
+    if "hardware" in summary:
+        yield "Hardware, evaluation", str(summary["hardware"])
     if "preprocessing" in summary:
         yield "Preprocessing", ", ".join(_dotted(summary["preprocessing"]))
     if "bootstrap_seed" in summary:
@@ -377,6 +382,23 @@ def _facts(
     seconds = _loop_seconds(metrics, record)
     if seconds:
         yield "Time in these steps", f"{seconds / 60:.1f} minutes" if seconds >= 60 else f"{seconds:.0f} s"
+
+
+def _training_command(record: Mapping[str, Any]) -> str:
+    """What trains such a model again, on the parts that the run stored; empty for settings that this version lacks."""
+    try:
+        settings = parse_settings(record["settings"], source="run")
+        if steps := (record.get("calibration") or {}).get("steps"):  # minutes give other steps on another machine
+            settings = override_settings(settings, [f"training.steps={steps}"])
+        changes = overrides_of(settings)
+    except (KeyError, ConfigError):
+        return ""
+    words = ["leafseg", "train", "--data", "DATA", "--split-file", "RUN/split.csv", "--preset", settings.preset]
+    if record.get("init_from"):
+        words += ["--init-from", str(record["init_from"])]
+    for change in changes:
+        words += ["--set", change]
+    return shlex.join([*words, "--out", "NEW"])
 
 
 def _versions(versions: Mapping[str, str]) -> str:

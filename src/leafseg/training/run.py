@@ -130,7 +130,14 @@ def _checked(
     settings: Settings, data: Path, *, split_file: Path | None, fold: int | None
 ) -> tuple[DataCheck, Manifest]:
     with progress_bar("checking data", total=1) as bar:
-        done = check_data(data, settings=settings.data, split_file=split_file, fold=fold, progress=bar.reach)
+        done = check_data(
+            data,
+            settings=settings.data,
+            split_file=split_file,
+            fold=fold,
+            needed=settings.training.needed_parts,
+            progress=bar.reach,
+        )
     if done.manifest is None:
         errors = [finding.message for finding in done.findings if finding.severity == "error"]
         said = "; ".join(errors[:_SHOWN_ERRORS])
@@ -149,3 +156,13 @@ def _checked(
 def library_versions() -> dict[str, str]:
     """Versions of what decides a training's numbers."""
     return {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate", "numpy")}
+
+
+def hardware() -> str:
+    """What kind of machine this is; not which one."""
+    import platform
+
+    import torch
+
+    card = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads{card}"

@@ -46,15 +46,12 @@ class SegmentationTask(ABC):
         self.settings = settings
         selection = settings.training.selection_part
         self._train, self._validation = manifest.part("train"), manifest.part(selection)
-        needed = [("train", self._train)]
-        if settings.training.validates:
-            needed.append((selection, self._validation))
         folds = any(sample.fold is not None for sample in manifest.samples)
         remedy = (
             "choose one of its folds with --fold" if folds else "add images, or give a split file with --split-file"
         )
-        for name, part in needed:
-            if not len(part):
+        for name in settings.training.needed_parts:
+            if not len(manifest.part(name)):
                 raise DataError(
                     f"{manifest.root}: no sample falls into the {name} part ({len(manifest)} in all); {remedy}"
                 )
