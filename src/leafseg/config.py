@@ -720,11 +720,9 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
         if isinstance(value, Mapping) and name != "label_names":
             yield from _differences(old[name], value, f"{prefix}{name}.")
         elif value != old[name]:
-            plain = (
-                isinstance(value, str)
-                and re.fullmatch(r"[A-Za-z/][A-Za-z0-9_./:-]*", value) is not None
-                and value.lower() not in ("null", "true", "false", "yes", "no", "on", "off")  # YAML's words
-            )
+            words = ("null", "true", "false", "yes", "no", "on", "off")  # that YAML takes for something else
+            text = isinstance(value, str) and value.lower() not in words
+            plain = text and re.fullmatch(r"[A-Za-z/][A-Za-z0-9_./:-]*", value)
             yield f"{prefix}{name}={value if plain else json.dumps(value)}"
 
 

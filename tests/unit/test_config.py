@@ -275,7 +275,7 @@ def test_every_difference_of_the_reference_preset_is_a_documented_setting() -> N
         [
             "data.preprocessing.window=[40,400]",
             "data.preprocessing.intensity=window",
-            "data.preprocessing.size=[64,96]",
+            "data.preprocessing.size=[128,256]",
         ],
     ],
 )

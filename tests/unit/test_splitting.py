@@ -18,7 +18,7 @@ import SimpleITK
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from leafseg.config import DataSettings
+from leafseg.config import DataSettings, PreprocessingSettings
 from leafseg.data.images import write_png
 from leafseg.data.manifest import PARTS, LabelMap, Manifest, Sample, load_manifest, save_split
 from leafseg.data.splitting import (
@@ -287,6 +287,17 @@ def test_strata_are_the_classes_in_the_mask(tmp_path: Path) -> None:
     shutil.rmtree(data / "masks")
     with pytest.raises(DataError, match="without a mask"):
         read_strata(load(data, require_masks=False), labels=True)
+
+
+def test_a_split_of_axial_slices_says_why_it_does_not_fit_coronal_ones(tmp_path: Path) -> None:
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+        voxels = np.random.default_rng(1).integers(0, 2, (3, 4, 5), np.uint8)
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(voxels), str(tmp_path / name / "a.nii.gz"))
+    save_split(load(tmp_path), tmp_path / "split.csv")
+    coronal = DataSettings(preprocessing=PreprocessingSettings(slice_axis="y"))
+    with pytest.raises(DataError, match=r"1 sample is not .* \(a_0003\), .*--set data\.preprocessing\.slice_axis"):
+        load_manifest(tmp_path, settings=coronal, split_file=tmp_path / "split.csv")
 
 
 # --- the stored split ------------------------------------------------------------------------------------------------

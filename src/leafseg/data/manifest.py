@@ -1102,24 +1102,23 @@ def _stored_parts(path: Path, samples: Sequence[Sample], fold: int | None) -> li
             if key and _place(by_key.setdefault((column, key), cells), fold) != _place(cells, fold):
                 conflicts.append(cells.get("name") or key)
     _refuse(path, _problem(conflicts, "sample is in two parts", "samples are in two parts", "list each once"))
-    placed, uncovered = [], []
+    placed: list[Sample] = []
+    uncovered: list[Sample] = []
     for sample in samples:
         # Content first: a renamed file keeps its part, and a name that was reused does not inherit one.
         row = by_key.get(("sha256", sample.sha256)) or by_key.get(("name", sample.name))
         if row is None and sample.part == UNUSED:  # the data leave it out already, and so did who made the split
             placed.append(sample)
         elif row is None:
-            uncovered.append(sample.name)
+            uncovered.append(sample)
         else:
             part, its_fold = _place(row, fold)
             placed.append(replace(sample, part=part, fold=its_fold, group=row.get("group") or sample.group))
-    _refuse(
-        path,
-        _problem(
-            uncovered, "sample is not in the split file", "samples are not in the split file",
-            f"add them, with part {UNUSED!r} to leave them out",
-        ),
-    )  # fmt: skip
+    remedy = f"add them, with part {UNUSED!r} to leave them out"
+    if any(sample.frame is not None for sample in uncovered):  # a volume has other slices along another axis
+        remedy += "; slices need a split made with the same --set data.preprocessing.slice_axis and orientation"
+    names = [sample.name for sample in uncovered]
+    _refuse(path, _problem(names, "sample is not in the split file", "samples are not in the split file", remedy))
     return placed
 
 
