@@ -18,9 +18,10 @@ from torch import Tensor
 from leafseg.config import PreprocessingSettings
 from leafseg.data.manifest import read_csv
 from leafseg.errors import CheckpointError
+from leafseg.exported import ExportedSegmenter, load_exported
 from leafseg.files import read_json
 from leafseg.predict import PipelineSegmenter, Segmentation, Segmenter, load_segmenter
-from leafseg.runs import ENSEMBLE_FILE, SPLIT_FILE, is_ensemble, run_of
+from leafseg.runs import ENSEMBLE_FILE, SPLIT_FILE, is_ensemble, is_export, run_of
 
 log = logging.getLogger(__name__)
 
@@ -110,13 +111,13 @@ def ensemble_models(folder: Path) -> list[str]:
 
 
 def load_ensemble(folder: Path, **options: Any) -> EnsembleSegmenter:
-    """All models of an ensemble; ``options`` are those of :func:`leafseg.predict.load_segmenter`.
+    """All models of an ensemble, exported ones too; ``options`` are :func:`leafseg.predict.load_segmenter`'s.
 
     Raises:
         CheckpointError: if a model cannot be loaded, or they do not go together.
     """
     models = ensemble_models(folder)
-    return EnsembleSegmenter([load_segmenter(model, **options) for model in models], names=models)
+    return EnsembleSegmenter([_load_one(model, **options) for model in models], names=models)
 
 
 def split_of_ensemble(folder: Path) -> Path | None:
@@ -134,6 +135,10 @@ def split_of_ensemble(folder: Path) -> Path | None:
     return splits[0] if splits else None
 
 
-def load_model(model: str, **options: Any) -> PipelineSegmenter | EnsembleSegmenter:
-    """An ensemble's folder, or whatever :func:`leafseg.predict.load_segmenter` takes."""
-    return load_ensemble(Path(model), **options) if is_ensemble(Path(model)) else load_segmenter(model, **options)
+def load_model(model: str, **options: Any) -> PipelineSegmenter | ExportedSegmenter | EnsembleSegmenter:
+    """An ensemble's or exported folder, or whatever :func:`leafseg.predict.load_segmenter` takes."""
+    return load_ensemble(Path(model), **options) if is_ensemble(Path(model)) else _load_one(model, **options)
+
+
+def _load_one(model: str, **options: Any) -> PipelineSegmenter | ExportedSegmenter:
+    return load_exported(Path(model), **options) if is_export(Path(model)) else load_segmenter(model, **options)

@@ -7,12 +7,14 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from leafseg.errors import CheckpointError
 
 RUN_FILE = "run.json"
 SPLIT_FILE = "split.csv"
 ENSEMBLE_FILE = "ensemble.json"
+EXPORT_FILE = "export.json"
 PIPELINE_FOLDER = "pipeline"
 TRAINER_FILES = ("weights.safetensors", "ema.safetensors", "optimizer.pt")
 _NAME = re.compile(r"step-(\d{6,})")
@@ -51,6 +53,8 @@ def run_of(model: Path) -> Path | None:
 def selected_on_test(model: Path) -> bool:
     """Whether the test part chose this model's checkpoint, as its run's record says."""
     run = run_of(model)
+    if is_export(model):
+        return _exported_content(model).get("selected_on_test") is True
     try:
         record = json.loads((run / RUN_FILE).read_text())["record"] if run is not None else {}
         return bool(record["settings"]["training"]["selection_part"] == "test")
@@ -76,9 +80,9 @@ def best_checkpoint(run: Path) -> Path:
 
 
 def model_sha256(model: str) -> str | None:
-    """Hash of the names and contents of a model's files; None for what is no pipeline's folder here (a hub id)."""
+    """Hash of the names and contents of a model's files; None for what is no model's folder here (a hub id)."""
     folder = Path(resolve_model(model))
-    if not (folder / "model_index.json").is_file():
+    if not ((folder / "model_index.json").is_file() or is_export(folder)):
         return None
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -99,6 +103,18 @@ def is_run(folder: Path) -> bool:
 
 def is_ensemble(folder: Path) -> bool:
     return (folder / ENSEMBLE_FILE).is_file()
+
+
+def is_export(folder: Path) -> bool:
+    return (folder / EXPORT_FILE).is_file()
+
+
+def _exported_content(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / EXPORT_FILE).read_text())
+    except (OSError, ValueError):  # loading the model says so
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def resolve_model(model: str) -> str:
