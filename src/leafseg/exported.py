@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from leafseg.config import Noise, PreprocessingSettings, TimestepSpacing
+from leafseg.config import DataSettings, Noise, PreprocessingSettings, TimestepSpacing, load_settings, override_settings
 from leafseg.errors import CheckpointError
 from leafseg.predict import Precision, Segmentation
-from leafseg.runtime import Runtime, load
+from leafseg.runtime import Runtime, load, read_folder
 
 
 class ExportedSegmenter:
@@ -89,9 +89,25 @@ def load_exported(
         )
     if precision not in ("auto", "fp32", runtime.folder.precision):
         raise CheckpointError(
-            f"{folder}: --precision is {precision}, and the model was exported in {runtime.folder.precision}; export it "
-            "again, or leave the option out"
+            f"{folder}: --precision is {precision}, and the model was exported in {runtime.folder.precision}; export "
+            "it again, or leave the option out"
         )
     if device not in (None, "cpu"):
         raise CheckpointError(f"{folder}: the device is {device}, and exported models run on the CPU; leave it out")
     return ExportedSegmenter(runtime, noise=noise, num_samples=num_samples)
+
+
+def stored_data_settings(folder: Path, overrides: Sequence[str] = ()) -> DataSettings:
+    """What mask values mean to the model that was exported, with overrides on top.
+
+    Raises:
+        CheckpointError: if the folder is damaged.
+        ConfigError: for an unknown override.
+    """
+    content = read_folder(folder).content
+    settings = load_settings()
+    try:
+        data = DataSettings.model_validate({**settings.data.model_dump(), **content.get("data", {})})
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder}: the exported folder is damaged (data settings); export it again") from error
+    return override_settings(settings.model_copy(update={"data": data}), overrides).data

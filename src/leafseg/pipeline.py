@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from leafseg import rng
 from leafseg.config import Noise, PreprocessingSettings, TimestepSpacing
 from leafseg.data.large import open_large
-from leafseg.data.pixels import noise_position, noise_stream
+from leafseg.data.pixels import draw_noise, noise_position, noise_stream
 from leafseg.data.transforms import Preprocessor
 from leafseg.errors import CheckpointError, ConfigError, DataError
 from leafseg.mask_code import MaskCode, make_mask_code
@@ -441,8 +441,8 @@ class LeafPipeline(DiffusionPipeline):
                 position = image_position([one])
             else:
                 position = noise_position(one.numpy())
-            draws += [rng.normal(seed, noise_stream(k), position, shape) for k in range(num_samples)]
-        return torch.from_numpy(np.stack(draws))
+            draws.append(draw_noise(position, shape, seed=seed, num_samples=num_samples))
+        return torch.from_numpy(np.concatenate(draws))
 
 
 def _check_draws(noise: str, num_samples: int, tile_batch_size: int) -> None:

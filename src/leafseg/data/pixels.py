@@ -164,6 +164,11 @@ def noise_position(placed: NDArray[np.float32]) -> int:
     return rng.content_position(hashlib.sha256(np.ascontiguousarray(content).data).hexdigest())
 
 
+def draw_noise(position: int, shape: tuple[int, ...], *, seed: int, num_samples: int) -> NDArray[np.float32]:
+    """Starting noise ``[num_samples, *shape]`` of an image at this position."""
+    return np.stack([rng.normal(seed, noise_stream(draw), position, shape) for draw in range(num_samples)])
+
+
 def noise_stream(draw: int) -> str:
     """The stream of the starting noise of draw number ``draw`` of an image, see :func:`leafseg.rng.normal`."""
     return f"inference-noise-{draw}"

@@ -69,11 +69,7 @@ class StoredPreprocessing:
                 raise ValueError(f"{name} is {values[name]!r}; known are {', '.join(choices)}")
         height, width = _pair(values, "size", int)
         stride = values["stride"]
-        if (
-            not (_is_number(stride, int) and stride > 0 and height > 0 and width > 0)
-            or height % stride
-            or width % stride
-        ):
+        if not _is_number(stride, int) or min(stride, height, width) < 1 or height % stride or width % stride:
             raise ValueError(f"size is {[height, width]}; it must be positive multiples of stride, which is {stride!r}")
         low, high = _pair(values, "percentiles", float)
         if not 0 <= low < high <= 100:
@@ -83,6 +79,8 @@ class StoredPreprocessing:
             raise ValueError("intensity 'window' and a window of positive width belong together")
         if not all(isinstance(values[name], bool) for name in ("dicom_window", "neighbouring_slices")):
             raise ValueError("dicom_window and neighbouring_slices must be true or false")
+        if not _is_number(values["tile_overlap"], float) or not 0 <= values["tile_overlap"] < 1:
+            raise ValueError(f"tile_overlap is {values['tile_overlap']!r}; it must be in 0..1")
         pairs = {"size": (height, width), "percentiles": (low, high), "window": window}
         return cls(**{**values, **pairs})
 
@@ -140,7 +138,7 @@ def read_folder(path: Path) -> ExportedFolder:
         raise CheckpointError(f"{path}: no {EXPORT_FILE}; give a folder that `leafseg export` wrote")
     try:
         content = read_json(path / EXPORT_FILE)
-        version = content.get("format_version")
+        version: Any = content["format_version"]
         if not _is_number(version, int) or version < 1:
             raise ValueError(f"format_version is {version!r}")
         if version > EXPORT_FORMAT_VERSION:
@@ -166,10 +164,8 @@ def _parsed(path: Path, content: Mapping[str, Any]) -> ExportedFolder:
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"label names are {names!r}")
     overlapping = labels["overlapping"]
-    expected = len(names) if overlapping or len(names) > 2 else (1, 2)
-    if not isinstance(overlapping, bool) or (
-        channels not in expected if isinstance(expected, tuple) else channels != expected
-    ):
+    allowed = {len(names), 1} if overlapping is False and len(names) == 2 else {len(names)}
+    if not isinstance(overlapping, bool) or channels not in allowed:
         raise ValueError(f"{len(names)} labels and {channels!r} channels do not go together")
     counts = (latent["channels"], latent["stride"], content["noise"]["seed"])
     if not all(_is_number(count, int) for count in counts) or latent["channels"] < 1 or latent["stride"] < 1:

@@ -8,8 +8,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from leafseg import rng
-from leafseg.data.pixels import PixelPreprocessor, noise_position, noise_stream
+from leafseg.data.pixels import PixelPreprocessor, draw_noise, noise_position
 from leafseg.runtime.backends import Graph, open_graph
 from leafseg.runtime.folder import ExportedFolder, StoredPreprocessing, read_folder
 
@@ -35,8 +34,8 @@ class Result(NamedTuple):
 class Runtime:
     """An exported folder, loaded; see :func:`load`.
 
-    The result is that of :class:`leafseg.LeafPipeline` with the same noise: preprocessing is one code, draws are keyed by
-    the same image content, and the graph computes what the modules compute, up to rounding.
+    The result is that of :class:`leafseg.LeafPipeline`: preprocessing is the same code, noise is keyed by the same
+    content, and the graph computes what the modules compute, up to rounding.
     """
 
     def __init__(self, folder: ExportedFolder, graph: Graph) -> None:
@@ -110,9 +109,7 @@ class Runtime:
         shape = (self.folder.latent_channels, placed.shape[1] // stride, placed.shape[2] // stride)
         if noise == "zeros":
             return np.zeros((num_samples, *shape), np.float32)
-        position = noise_position(placed)
-        seed = self.folder.noise_seed
-        return np.stack([rng.normal(seed, noise_stream(k), position, shape) for k in range(num_samples)])
+        return draw_noise(noise_position(placed), shape, seed=self.folder.noise_seed, num_samples=num_samples)
 
     def run(self, images: NDArray[np.float32], noise: NDArray[np.float32]) -> NDArray[np.float32]:
         """The graph itself.
