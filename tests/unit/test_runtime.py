@@ -132,7 +132,8 @@ def test_maps_come_back_to_the_source_grid_as_torch_brings_them_back(height: int
     placement = pixels.placement((height, width))
     restored = pixels.restore(maps, placement)
     assert restored.shape == (2, height, width)
-    np.testing.assert_allclose(restored, there.restore(torch.from_numpy(maps), placement).numpy(), atol=2e-6)
+    # torch is up to 2.6e-6 from its own result in float64, Pillow 6e-8
+    np.testing.assert_allclose(restored, there.restore(torch.from_numpy(maps), placement).numpy(), atol=5e-6)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (100, 90), (257, 33)])
@@ -142,4 +143,4 @@ def test_resizing_is_torch_s_to_the_last_bits(size: tuple[int, int], mode: str) 
     image = np.random.default_rng(0).random((3, *size), dtype=np.float32)
     placed, _ = PixelPreprocessor(stored(interpolation=mode)).place(image)
     expected = torch.nn.functional.interpolate(torch.from_numpy(image)[None], (32, 48), mode=mode, antialias=True)
-    np.testing.assert_allclose(placed, expected[0].clamp(0, 1).numpy(), atol=2e-6)
+    np.testing.assert_allclose(placed, expected[0].clamp(0, 1).numpy(), atol=5e-6)

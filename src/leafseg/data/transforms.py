@@ -97,6 +97,8 @@ class Preprocessor:
         By torch, whose threads share the work: one image may have many large maps. It is ``PixelPreprocessor.restore``
         to the last bits.
         """
+        if placement.source_size[1] == 1:  # torch 2.13 repeats the first row of results that are one pixel wide
+            return torch.from_numpy(self.pixels.restore(maps.numpy(), placement))
         bottom, right = placement.top + placement.content_size[0], placement.left + placement.content_size[1]
         content = maps[:, placement.top : bottom, placement.left : right]
         if tuple(content.shape[1:]) == placement.source_size:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
 from collections.abc import Iterable, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +52,15 @@ def quantise_openvino(source: Path, target: Path, *, inputs: Iterable[Mapping[st
     batches: list[Any] = [dict(batch) for batch in inputs]
     level = nncf.common.logging.logger.nncf_logger.level
     nncf.set_log_level(logging.ERROR)
+    shown = sys.stderr if sys.stderr.isatty() else io.StringIO()  # its progress bars go to standard output otherwise
     try:
-        model = nncf.quantize(
-            openvino.Core().read_model(source),
-            nncf.Dataset(batches),
-            preset=nncf.QuantizationPreset.MIXED,
-            subset_size=len(batches),
-        )
+        with redirect_stdout(shown):
+            model = nncf.quantize(
+                openvino.Core().read_model(source),
+                nncf.Dataset(batches),
+                preset=nncf.QuantizationPreset.MIXED,
+                subset_size=len(batches),
+            )
     finally:
         nncf.set_log_level(level)
     openvino.save_model(model, target, compress_to_fp16=False)
