@@ -185,7 +185,7 @@ def latency(pipeline: LeafPipeline, runtime: Runtime, *, repeats: int) -> dict[s
                 times[name].append(spent)
     figures: dict[str, Any] = {}
     for name, spent_by_turn in times.items():
-        low, median, high = np.percentile(spent_by_turn, (10, 50, 90))
+        low, median, high = np.percentile(spent_by_turn, (10, 50, 90)).tolist()
         figures[name] = {"median_ms": round(median, 2), "p10_ms": round(low, 2), "p90_ms": round(high, 2)}
     ratio = figures["model"]["median_ms"] / figures["exported"]["median_ms"]
     return {**figures, "times_as_fast": round(ratio, 2), "threads": torch.get_num_threads(), "repeats": repeats}
