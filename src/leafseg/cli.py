@@ -97,6 +97,18 @@ class Model(StrEnum):
     unet = "unet"
 
 
+class ExportBackend(StrEnum):
+    onnx = "onnx"
+    openvino = "openvino"
+
+
+class ExportPrecision(StrEnum):
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+    int8 = "int8"
+
+
 class Resume(StrEnum):
     no = "no"
     auto = "auto"
@@ -177,7 +189,7 @@ def train(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A run, a pipeline folder, or a hub id.")],
+    model: Annotated[str, typer.Argument(help="A run, a pipeline or exported folder, or a hub id.")],
     data: DataOption,
     split: Annotated[Part, typer.Option(help="Which part of the data.")] = Part.test,
     out: Annotated[
@@ -225,6 +237,9 @@ def evaluate(
         segmenter, model, data, split, split_file=split_file, overrides=overrides, tolerance=tolerance
     )
     result.summary.update(precision=precision.value, samples=samples)
+    stored = getattr(segmenter, "precision", None)  # an exported model's own, whatever the option says
+    if stored is not None:
+        result.summary["precision"] = stored
     pipeline = getattr(segmenter, "pipeline", None)  # an ensemble has several
     if pipeline is not None:
         result.summary["steps"] = steps or int(pipeline.config["num_inference_steps"])
@@ -280,15 +295,11 @@ def _evaluated(
     """The part that a model is evaluated on, cut into images as the model reads them, and its evaluation."""
     from importlib.metadata import version
 
-    from leafseg.data.manifest import load_manifest
     from leafseg.evaluation.evaluate import evaluate as run_evaluation
     from leafseg.runs import model_sha256, selected_on_test
     from leafseg.training.run import hardware, library_versions
 
-    settings, run_split = _data_of_run(model, overrides)
-    settings = settings.model_copy(update={"preprocessing": segmenter.preprocessing})
-    manifest = load_manifest(data, settings=settings, split_file=split_file, run_split=run_split)
-    part = manifest if split is Part.all else manifest.part(split.value)
+    part = _part_of(segmenter, model, data, split, split_file=split_file, overrides=overrides)
     result = run_evaluation(segmenter, part, tolerance=tolerance)
     result.summary.update(
         model=model, model_sha256=model_sha256(model), data=data.resolve().name, part=split.value,
@@ -300,6 +311,18 @@ def _evaluated(
         result.summary["selected_on_test"] = True
         print("warning: the test part chose this checkpoint (training.selection_part): these figures are optimistic")
     return part, result
+
+
+def _part_of(
+    segmenter: Segmenter, model: str, data: Path, split: Part, *, split_file: Path | None, overrides: list[str] | None
+) -> Manifest:
+    """A part of the data, cut into images as the model reads them."""
+    from leafseg.data.manifest import load_manifest
+
+    settings, run_split = _data_of_run(model, overrides)
+    settings = settings.model_copy(update={"preprocessing": segmenter.preprocessing})
+    manifest = load_manifest(data, settings=settings, split_file=split_file, run_split=run_split)
+    return manifest if split is Part.all else manifest.part(split.value)
 
 
 @app.command()
@@ -355,7 +378,7 @@ def compare(
 
 @app.command()
 def predict(
-    model: Annotated[str, typer.Argument(help="A run, a pipeline folder, or a hub id.")],
+    model: Annotated[str, typer.Argument(help="A run, a pipeline or exported folder, or a hub id.")],
     inputs: Annotated[
         list[Path], typer.Argument(help="Images, volumes, DICOM files or series folders, or folders of them.")
     ],
@@ -463,6 +486,58 @@ def slim(
 
     slim_model(model, out, dtype=dtype.value, decoder_only=decoder_only)
     print(f"{out}: {folder_bytes(out) / 1e6:.1f} MB in {dtype.value}" + (", decoder only" if decoder_only else ""))
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A run, a pipeline folder, or a hub id.")],
+    to: Annotated[ExportBackend, typer.Option(help="What shall run it, on a CPU and without torch.")],
+    out: Annotated[Path, typer.Option(help="New folder for the graph, its settings and the model card.")],
+    precision: Annotated[ExportPrecision, typer.Option(help="int8 needs --calibration.")] = ExportPrecision.fp32,
+    calibration: Annotated[
+        Path | None, typer.Option(help="For int8: folder of images like those to come, none of the test part.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with images/ and masks/, or a CSV, to measure the change of Dice on.")
+    ] = None,
+    split: Annotated[Part, typer.Option(help="With --data: which part.")] = Part.test,
+    split_file: SplitFile = None,
+    min_agreement: Annotated[
+        float, typer.Option(min=0, max=1, help="Mean Dice with the fp32 model's masks, below which nothing is written.")
+    ] = 0.99,
+    repeats: Annotated[int, typer.Option(min=3, help="Of the latency measurement.")] = 20,
+    overrides: Overrides = None,
+) -> None:
+    """A model as one ONNX or OpenVINO graph, measured against the model itself."""
+    from leafseg.export.run import check_request, export_model
+
+    check_request(out, to=to.value, precision=precision.value, calibration=calibration)
+
+    from leafseg.ensemble import load_model
+    from leafseg.predict import PipelineSegmenter
+
+    segmenter = load_model(model, device="cpu")
+    if not isinstance(segmenter, PipelineSegmenter):
+        raise ConfigError(f"{model}: is an ensemble or exported already; export the models that it was made from")
+    settings, run_split = _data_of_run(model, overrides)
+    part = None
+    if data is not None:
+        part = _part_of(segmenter, model, data, split, split_file=split_file, overrides=overrides)
+    report = export_model(
+        segmenter,
+        out,
+        to=to.value,
+        precision=precision.value,
+        calibration=calibration,
+        part=part,
+        compared_on=f"{data.resolve().name}, part {split.value}" if data is not None else "",
+        min_agreement=min_agreement,
+        repeats=repeats,
+        model_name=model,
+        data_settings=settings,
+        run_split=run_split,
+    )
+    print("\n".join(report.lines()))
 
 
 @app.command("train-autoencoder")
@@ -895,13 +970,18 @@ def _data_of_run(model: str, overrides: list[str] | None) -> tuple[Any, Path | N
     A run's checkpoint and pipeline folders count as the run: its test part must not hold what it was trained on.
     """
     from leafseg.config import load_settings
-    from leafseg.runs import SPLIT_FILE, is_ensemble, run_of
+    from leafseg.runs import SPLIT_FILE, is_ensemble, is_export, run_of
 
     if is_ensemble(Path(model)):
         from leafseg.ensemble import split_of_ensemble
         from leafseg.runs import ensemble_models
 
         return _data_of_run(ensemble_models(Path(model))[0], overrides)[0], split_of_ensemble(Path(model))
+    if is_export(Path(model)):
+        from leafseg.exported import stored_data_settings
+
+        split = Path(model) / SPLIT_FILE
+        return stored_data_settings(Path(model), overrides or ()), split if split.is_file() else None
     run = run_of(Path(model))
     if run is None:
         return load_settings(overrides=overrides or ()).data, None

@@ -19,8 +19,9 @@ from leafseg.baseline import BaselineSegmenter, load_baseline
 from leafseg.config import PreprocessingSettings
 from leafseg.data.manifest import read_csv
 from leafseg.errors import CheckpointError
+from leafseg.exported import ExportedSegmenter, load_exported
 from leafseg.predict import PipelineSegmenter, Segmentation, Segmenter, load_segmenter
-from leafseg.runs import SPLIT_FILE, ensemble_models, is_baseline, is_ensemble, run_of
+from leafseg.runs import SPLIT_FILE, ensemble_models, is_baseline, is_ensemble, is_export, run_of
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def _differences(one: PreprocessingSettings, other: PreprocessingSettings) -> li
 
 
 def load_ensemble(folder: Path, **options: Any) -> EnsembleSegmenter:
-    """All models of an ensemble; ``options`` are those of :func:`leafseg.predict.load_segmenter`.
+    """All models of an ensemble, exported ones too; ``options`` are :func:`leafseg.predict.load_segmenter`'s.
 
     Raises:
         CheckpointError: if a model cannot be loaded, or they do not go together.
@@ -120,18 +121,26 @@ def split_of_ensemble(folder: Path) -> Path | None:
     return splits[0] if splits else None
 
 
-def load_single(model: str, **options: Any) -> PipelineSegmenter | BaselineSegmenter:
-    """A baseline, or whatever :func:`leafseg.predict.load_segmenter` takes; ``options`` are that function's.
+def load_single(model: str, **options: Any) -> PipelineSegmenter | BaselineSegmenter | ExportedSegmenter:
+    """A baseline, an exported folder, or whatever :func:`leafseg.predict.load_segmenter` takes.
+
+    Args:
+        model: its name.
+        **options: as :func:`leafseg.predict.load_segmenter` takes them.
 
     Raises:
         CheckpointError: if it cannot be loaded.
     """
+    if is_export(Path(model)):
+        return load_exported(Path(model), **options)
     if is_baseline(model):
         known = ("num_inference_steps", "precision", "device")  # it starts from no noise
         return load_baseline(model, **{name: value for name, value in options.items() if name in known})
     return load_segmenter(model, **options)
 
 
-def load_model(model: str, **options: Any) -> PipelineSegmenter | BaselineSegmenter | EnsembleSegmenter:
+def load_model(
+    model: str, **options: Any
+) -> PipelineSegmenter | BaselineSegmenter | ExportedSegmenter | EnsembleSegmenter:
     """An ensemble's folder, or whatever :func:`load_single` takes."""
     return load_ensemble(Path(model), **options) if is_ensemble(Path(model)) else load_single(model, **options)

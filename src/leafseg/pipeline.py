@@ -5,7 +5,6 @@ Never imports training, teachers or the projector: what infers is exactly what i
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from leafseg import rng
 from leafseg.config import Noise, PreprocessingSettings, TimestepSpacing
 from leafseg.data.large import open_large
+from leafseg.data.pixels import draw_noise, noise_position, noise_stream
 from leafseg.data.transforms import Preprocessor
 from leafseg.errors import CheckpointError, ConfigError, DataError
 from leafseg.mask_code import MaskCode, make_mask_code
@@ -317,7 +317,7 @@ class LeafPipeline(DiffusionPipeline):
                     position = image_position(rows(top, min(top + band, height)) for top in range(0, height, band))
                     seed = _noise_seed(generator)
                     for k in range(num_samples):
-                        draws = rng.generator(seed, f"inference-noise-{k}", position)
+                        draws = rng.generator(seed, noise_stream(k), position)
                         draws.standard_normal(dtype=np.float32, out=canvas[k])
 
                 def predict(tiles: Tensor, crops: Tensor) -> Tensor:
@@ -449,11 +449,9 @@ class LeafPipeline(DiffusionPipeline):
             if self.preprocessor.settings.fit == "tile":
                 position = image_position([one])
             else:
-                # 8-bit steps, so that the last bit of a resampling kernel cannot change the noise.
-                content = (one * 255).round().to(torch.uint8).contiguous().numpy().tobytes()
-                position = rng.content_position(hashlib.sha256(content).hexdigest())
-            draws += [rng.normal(seed, f"inference-noise-{k}", position, shape) for k in range(num_samples)]
-        return torch.from_numpy(np.stack(draws))
+                position = noise_position(one.numpy())
+            draws.append(draw_noise(position, shape, seed=seed, num_samples=num_samples))
+        return torch.from_numpy(np.concatenate(draws))
 
 
 def _check_draws(noise: str, num_samples: int, tile_batch_size: int) -> None:

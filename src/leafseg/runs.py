@@ -7,6 +7,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from leafseg.errors import CheckpointError
 from leafseg.files import read_json
@@ -15,6 +16,7 @@ RUN_FILE = "run.json"
 SPLIT_FILE = "split.csv"
 ENSEMBLE_FILE = "ensemble.json"
 BASELINE_FILE = "baseline.json"
+EXPORT_FILE = "export.json"
 PIPELINE_FOLDER = "pipeline"
 TRAINER_FILES = ("weights.safetensors", "ema.safetensors", "optimizer.pt")
 _NAME = re.compile(r"step-(\d{6,})")
@@ -53,6 +55,8 @@ def run_of(model: Path) -> Path | None:
 def selected_on_test(model: Path) -> bool:
     """Whether the test part chose this model's checkpoint, as its run's record says."""
     run = run_of(model)
+    if is_export(model):
+        return _exported_content(model).get("selected_on_test") is True
     try:
         record = json.loads((run / RUN_FILE).read_text())["record"] if run is not None else {}
         return bool(record["settings"]["training"]["selection_part"] == "test")
@@ -78,7 +82,7 @@ def best_checkpoint(run: Path) -> Path:
 
 
 def model_sha256(model: str) -> str | None:
-    """Hash of the names and contents of a model's files; None for what is no pipeline's folder here (a hub id).
+    """Hash of the names and contents of a model's files; None for what is no model's folder here (a hub id).
 
     That of an ensemble is made of its models' hashes in their order.
     """
@@ -87,7 +91,7 @@ def model_sha256(model: str) -> str | None:
         known = [part for part in parts if part is not None]
         return hashlib.sha256("\n".join(known).encode()).hexdigest() if len(known) == len(parts) else None
     folder = Path(resolve_model(model))
-    if not any((folder / name).is_file() for name in ("model_index.json", BASELINE_FILE)):
+    if not any((folder / name).is_file() for name in ("model_index.json", BASELINE_FILE, EXPORT_FILE)):
         return None
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -130,6 +134,18 @@ def ensemble_models(folder: Path) -> list[str]:
     if not isinstance(models, list) or not models or not all(isinstance(model, str) and model for model in models):
         raise CheckpointError(f"{path}: lists no models; it holds {{'models': [PATH, ...]}} as JSON, correct it")
     return [str(folder / model) if (folder / model).exists() else model for model in models]
+
+
+def is_export(folder: Path) -> bool:
+    return (folder / EXPORT_FILE).is_file()
+
+
+def _exported_content(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / EXPORT_FILE).read_text())
+    except (OSError, ValueError):  # loading the model says so
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def resolve_model(model: str) -> str:

@@ -351,3 +351,11 @@ def test_every_field_declares_its_kind() -> None:
 def test_a_vector_of_another_length_is_refused() -> None:
     with pytest.raises(ValueError, match="vector has 3 values"):
         unpack_augmentation(torch.zeros(3))
+
+
+def test_maps_come_back_row_by_row_to_an_image_of_one_column() -> None:
+    there = preprocessor()
+    maps = torch.linspace(0, 1, 32)[None, :, None].expand(1, 32, 48)  # brighter downwards
+    back = there.restore(maps, there.placement((16, 1)))[0, :, 0]
+    assert back.shape == (16,)
+    assert (back.diff() > 0.03).all()  # two of 31 steps a row

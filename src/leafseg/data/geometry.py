@@ -6,15 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from leafseg.errors import DataError
-
-if TYPE_CHECKING:
-    from leafseg.config import PreprocessingSettings
 
 MAX_PIXELS = 89_478_485  # of one frame; Pillow's own limit against decompression bombs: a quarter of a gigabyte as RGB
 MAX_VOXELS = 2**30
@@ -71,6 +68,19 @@ class Volume:
     grid: Grid
 
 
+class ReadingValues(Protocol):
+    """What :class:`Reading` takes out of a model's preprocessing settings."""
+
+    @property
+    def orientation(self) -> Literal["LPS", "stored"]: ...
+    @property
+    def slice_axis(self) -> Literal["z", "y", "x"]: ...
+    @property
+    def neighbouring_slices(self) -> bool: ...
+    @property
+    def dicom_window(self) -> bool: ...
+
+
 @dataclass(frozen=True)
 class Reading:
     """How files become images; part of a model's preprocessing.
@@ -89,7 +99,7 @@ class Reading:
     dicom_window: bool = False
 
     @classmethod
-    def of(cls, settings: PreprocessingSettings) -> Reading:
+    def of(cls, settings: ReadingValues) -> Reading:
         return cls(settings.orientation, settings.slice_axis, settings.neighbouring_slices, settings.dicom_window)
 
 

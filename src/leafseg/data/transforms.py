@@ -6,9 +6,8 @@ Training, evaluation, prediction and export all go through one ``Preprocessor``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, fields
-from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -20,96 +19,35 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from leafseg.config import AugmentationSettings, PreprocessingSettings
-from leafseg.data.images import (
-    DICOM_SUFFIXES,
-    Reading,
-    file_state,
-    image_suffix,
-    is_volume,
-    read_image,
-    read_volume,
-)
+from leafseg.data.images import Reading
+from leafseg.data.pixels import PixelPreprocessor, Placement
 from leafseg.errors import DataError
-
-_STATISTICS_VALUES = 2**24  # a volume's percentiles, mean and deviation come from about this many of its voxels
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where an image lies in the network input; sizes are (height, width) in pixels.
-
-    Attributes:
-        source_size: of the image as read.
-        input_size: of the network input.
-        top, left, content_size: the rectangle of the input that the image fills; the rest is padding.
-    """
-
-    source_size: tuple[int, int]
-    input_size: tuple[int, int]
-    top: int
-    left: int
-    content_size: tuple[int, int]
 
 
 class Preprocessor:
-    """Pixels to network input, labels along, and maps back to the source grid."""
+    """Pixels to network input, labels along, and maps back to the source grid: ``PixelPreprocessor`` for tensors."""
 
     def __init__(self, settings: PreprocessingSettings) -> None:
         self.settings = settings
+        self.pixels = PixelPreprocessor(settings)
 
     @property
     def reading(self) -> Reading:
         """How volumes are turned and cut."""
-        return Reading.of(self.settings)
+        return self.pixels.reading
 
     def read(self, path: Path, frame: int | None = None) -> Tensor:
-        """An image file, or a frame of it, as float32 ``[3, H, W]`` in 0..1 on its own grid.
-
-        The slices of a volume share its percentiles, mean and deviation, so that equal tissue stays equally bright.
-        With ``dicom_window``, a DICOM image is what its window makes of it, whatever ``intensity`` says.
-
-        Raises:
-            DataError: as ``read_image`` and ``intensity_to_unit``, and names the file.
-        """
-        pixels = read_image(path, frame, reading=self.reading)
-        try:
-            if self.settings.dicom_window and pixels.dtype.kind == "f" and image_suffix(path) in DICOM_SUFFIXES:
-                return _three_channels(_range_to_unit(pixels))
-            if not is_volume(path):
-                return self.intensity_to_unit(pixels)
-            _check_pixels(pixels)
-            bounds = _volume_bounds(path, file_state(path), self.settings)
-            return _three_channels(_range_to_unit(pixels) if bounds is None else _bounds_to_unit(pixels, *bounds))
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from error
+        """An image file, or a frame of it, as float32 ``[3, H, W]`` in 0..1, see :meth:`PixelPreprocessor.read`."""
+        return torch.from_numpy(self.pixels.read(path, frame))
 
     def intensity_to_unit(self, pixels: NDArray[Any]) -> Tensor:
-        """Pixels ``[H, W]`` or ``[H, W, 3]`` as float32 ``[3, H, W]`` in 0..1; grey becomes three equal channels.
-
-        ``range`` divides integers by their type's maximum (negative ones become 0) and takes floats as they are, which
-        must lie in 0..1. ``percentile`` maps the image's own two percentiles to 0..1, ``zscore`` its mean minus and
-        plus three standard deviations; a constant image becomes zeros. ``window`` maps its centre minus and plus half
-        its width. NaN and -inf become 0 and +inf becomes 1; they do not count for the percentiles, mean and deviation.
-
-        Raises:
-            DataError: for another shape or type, no finite pixel at all, or floats outside 0..1 with ``range``.
-        """
-        _check_pixels(pixels)
-        return self.parts_to_unit(pixels)(pixels)
+        """Pixels as float32 ``[3, H, W]`` in 0..1, see :meth:`PixelPreprocessor.intensity_to_unit`."""
+        return torch.from_numpy(self.pixels.intensity_to_unit(pixels))
 
     def parts_to_unit(self, sample: NDArray[Any]) -> Callable[[NDArray[Any]], Tensor]:
-        """``intensity_to_unit`` for parts of one image, with the percentiles, mean and deviation of a sample of it.
-
-        Raises:
-            DataError: if the sample holds no finite pixel.
-        """
-        bounds = _bounds(sample, self.settings)
-
-        def to_unit(pixels: NDArray[Any]) -> Tensor:
-            _check_pixels(pixels)
-            return _three_channels(_range_to_unit(pixels) if bounds is None else _bounds_to_unit(pixels, *bounds))
-
-        return to_unit
+        """``intensity_to_unit`` for parts of one image, see :meth:`PixelPreprocessor.parts_to_unit`."""
+        to_unit = self.pixels.parts_to_unit(sample)
+        return lambda pixels: torch.from_numpy(to_unit(pixels))
 
     def apply(self, image: NDArray[Any] | Tensor) -> tuple[Tensor, Placement]:
         """Network input ``[3, h, w]`` in 0..1, and where the image lies in it.
@@ -121,29 +59,17 @@ class Preprocessor:
             DataError: as ``intensity_to_unit``.
         """
         unit = image if isinstance(image, Tensor) else self.intensity_to_unit(image)
-        images, placement = self.resize_tensor(unit[None])
-        return images[0], placement
+        placed, placement = self.pixels.place(unit.numpy())
+        return torch.from_numpy(placed), placement
 
     def resize_tensor(self, images: Tensor) -> tuple[Tensor, Placement]:
         """Images ``[B, 3, H, W]`` in 0..1 to ``[B, 3, h, w]`` in 0..1, stretched or padded as the settings say."""
-        source_size = (images.shape[-2], images.shape[-1])
-        placement = self.placement(source_size)
-        resized = _resize(images, placement.content_size, self.settings.interpolation)
-        return _pad(resized.clamp(0.0, 1.0), placement), placement  # bicubic overshoots
+        placed = [self.pixels.place(image)[0] for image in images.numpy()]
+        return torch.from_numpy(np.stack(placed)), self.placement((images.shape[-2], images.shape[-1]))
 
     def placement(self, source_size: tuple[int, int]) -> Placement:
         """Where an image of this (height, width) will lie in the network input."""
-        size = self.settings.size
-        if self.settings.fit == "tile":  # the tiles are cut later, from the image as it is
-            return Placement(source_size, source_size, 0, 0, source_size)
-        if self.settings.fit == "stretch":
-            return Placement(source_size, size, 0, 0, size)
-        shrink = min(size[0] / source_size[0], size[1] / source_size[1])
-        content = (
-            min(size[0], max(1, round(source_size[0] * shrink))),
-            min(size[1], max(1, round(source_size[1] * shrink))),
-        )
-        return Placement(source_size, size, (size[0] - content[0]) // 2, (size[1] - content[1]) // 2, content)
+        return self.pixels.placement(source_size)
 
     def apply_labels(self, labels: NDArray[np.uint8] | NDArray[np.bool_], placement: Placement) -> Tensor:
         """Class ids ``[H, W]`` onto the network input's grid, ``[h, w]`` int64; bool ``[C, H, W]`` to ``[C, h, w]``.
@@ -166,88 +92,18 @@ class Preprocessor:
         return placed[0].long() if labels.ndim == 2 else placed.bool()
 
     def restore(self, maps: Tensor, placement: Placement) -> Tensor:
-        """Maps ``[C, h, w]`` on the network input's grid (probabilities) back to the source grid, ``[C, H, W]``."""
+        """Maps ``[C, h, w]`` on the network input's grid (probabilities) back to the source grid, ``[C, H, W]``.
+
+        By torch, whose threads share the work: one image may have many large maps. It is ``PixelPreprocessor.restore``
+        to the last bits.
+        """
+        if placement.source_size[1] == 1:  # torch 2.13 repeats the first row of results that are one pixel wide
+            return torch.from_numpy(self.pixels.restore(maps.numpy(), placement))
         bottom, right = placement.top + placement.content_size[0], placement.left + placement.content_size[1]
         content = maps[:, placement.top : bottom, placement.left : right]
-        return _resize(content[None], placement.source_size, "bilinear")[0]
-
-
-def _range_to_unit(pixels: NDArray[Any]) -> NDArray[np.float32]:
-    if pixels.dtype.kind == "b":
-        return pixels.astype(np.float32)
-    if pixels.dtype.kind in "ui":
-        top = np.iinfo(pixels.dtype).max
-        return (pixels.astype(np.float32) / np.float32(top)).clip(min=np.float32(0.0))
-    finite = _finite(pixels)
-    if finite.min() < 0 or finite.max() > 1:
-        raise DataError(
-            f"image holds values from {finite.min():g} to {finite.max():g}; with intensity 'range' real numbers must "
-            "lie in 0..1, use 'percentile'"
-        )
-    return np.nan_to_num(pixels.astype(np.float32), nan=0.0, posinf=1.0, neginf=0.0)
-
-
-def _bounds(values: NDArray[Any], settings: PreprocessingSettings) -> tuple[float, float] | None:
-    """What becomes 0 and what becomes 1; None where the type says it (intensity range)."""
-    kind = settings.intensity
-    if kind == "auto":
-        kind = "range" if values.dtype in (np.uint8, np.bool_) else "percentile"
-    if kind == "range":
-        return None
-    if kind == "window" and settings.window is not None:
-        centre, width = settings.window
-        return centre - width / 2, centre + width / 2
-    finite = _finite(values)
-    if kind == "zscore":
-        mean, deviation = float(finite.mean(dtype=np.float64)), float(finite.std(dtype=np.float64))
-        return mean - 3 * deviation, mean + 3 * deviation
-    low, high = np.percentile(finite, settings.percentiles)
-    return float(low), float(high)
-
-
-@lru_cache(maxsize=1024)
-def _volume_bounds(path: Path, state: Hashable, settings: PreprocessingSettings) -> tuple[float, float] | None:
-    voxels = read_volume(path)[0]
-    # An odd step meets every column and row of a volume in turn.
-    return _bounds(voxels.reshape(-1)[:: voxels.size // _STATISTICS_VALUES | 1], settings)
-
-
-def _bounds_to_unit(pixels: NDArray[Any], low: float, high: float) -> NDArray[np.float32]:
-    if not high > low:
-        return np.zeros(pixels.shape, dtype=np.float32)
-    # float64: the difference of two large float32 values would lose the contrast of a narrow window
-    with np.errstate(invalid="ignore"):  # signalling NaN
-        scaled = (pixels.astype(np.float64) - low) / (high - low)
-    return np.nan_to_num(np.clip(scaled, 0.0, 1.0), nan=0.0).astype(np.float32)
-
-
-def _check_pixels(pixels: NDArray[Any]) -> None:
-    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] != 3) or 0 in pixels.shape:
-        raise DataError(f"image has shape {list(pixels.shape)}; accepted are [H, W] and [H, W, 3]")
-    if pixels.dtype.kind not in "buif":
-        raise DataError(f"image has type {pixels.dtype}; accepted are integers and real numbers")
-
-
-def _three_channels(unit: NDArray[np.float32]) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(unit))
-    if tensor.ndim == 2:
-        return tensor.expand(3, -1, -1).contiguous()
-    return tensor.permute(2, 0, 1).contiguous()
-
-
-def _finite(pixels: NDArray[Any]) -> NDArray[Any]:
-    if pixels.dtype.kind != "f":
-        return pixels
-    finite = pixels[np.isfinite(pixels)]
-    if not finite.size:
-        raise DataError("image holds no finite pixel; export it again")
-    return finite.astype(np.float64)  # float16 would overflow in the percentiles' interpolation
-
-
-def _resize(images: Tensor, size: tuple[int, int], mode: Literal["bilinear", "bicubic"]) -> Tensor:
-    if tuple(images.shape[-2:]) == size:
-        return images
-    return F.interpolate(images, size, mode=mode, align_corners=False, antialias=True)
+        if tuple(content.shape[1:]) == placement.source_size:
+            return content
+        return F.interpolate(content[None], placement.source_size, mode="bilinear", antialias=True)[0]
 
 
 def _pad(images: Tensor, placement: Placement) -> Tensor:

@@ -191,7 +191,7 @@ def evaluate(
     """
     if not len(manifest):
         raise DataError(f"{manifest.root}: the part has no samples; choose another --split or add images")
-    _check_classes(segmenter, manifest)
+    check_classes(segmenter, manifest)
     reading = _shared_reading(segmenter, manifest)
     spacings = None if grid is not None else _spacings(manifest.samples, reading)
     stacks = _Stacks(manifest.samples, reading, tolerance=tolerance) if spacings is not None else None
@@ -405,7 +405,11 @@ def _rows(
         )
 
 
-def _check_classes(segmenter: Segmenter, manifest: Manifest) -> None:
+def check_classes(segmenter: Segmenter, manifest: Manifest) -> None:
+    """
+    Raises:
+        DataError: if the model's classes are not the data's.
+    """
     names, known = manifest.label_map.names, segmenter.label_names
     if segmenter.overlapping != manifest.label_map.overlapping:
         kinds = ("exclude each other", "may overlap")

@@ -1,0 +1,92 @@
+"""One graph in ONNX Runtime or OpenVINO: image and noise in, probability out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from leafseg.errors import CheckpointError, MissingExtraError, last_line
+
+# Images [B, 3, h, w] in 0..1 and noise [B, z, h/8, w/8] to probabilities [B, C, h, w], all float32.
+Graph = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.float32]]
+INPUTS, OUTPUT = ("image", "noise"), "probability"
+
+
+def open_graph(backend: str, path: Path, *, precision: str, threads: int | None = None) -> Graph:
+    """The graph, ready to run on the CPU.
+
+    Args:
+        backend: ``onnx`` or ``openvino``.
+        path: of the graph.
+        precision: of the export.
+        threads: that the back end may use; default: its own choice, all cores.
+
+    Raises:
+        MissingExtraError: if the back end is not installed.
+        CheckpointError: if the graph cannot be loaded, or has other inputs and outputs.
+    """
+    opened = _onnx(path, threads) if backend == "onnx" else _openvino(path, precision, threads)
+
+    def run(image: NDArray[np.float32], noise: NDArray[np.float32]) -> NDArray[np.float32]:
+        return opened(np.ascontiguousarray(image), np.ascontiguousarray(noise))
+
+    return run
+
+
+def _onnx(path: Path, threads: int | None) -> Graph:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtraError(
+            'this exported model needs ONNX Runtime: pip install "leafseg[onnx]", or without torch: pip install '
+            "onnxruntime"
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors alone
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions share no base but RuntimeError and Exception
+        raise CheckpointError(
+            f"{path}: ONNX Runtime cannot load the graph ({last_line(error)}); export the model again"
+        ) from error
+    _check_names(path, {item.name for item in session.get_inputs()}, {item.name for item in session.get_outputs()})
+    return lambda image, noise: session.run([OUTPUT], dict(zip(INPUTS, (image, noise), strict=True)))[0]
+
+
+def _openvino(path: Path, precision: str, threads: int | None) -> Graph:
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingExtraError(
+            'this exported model needs OpenVINO: pip install "leafseg[openvino]", or without torch: pip install '
+            "openvino"
+        ) from error
+    # Said aloud, since OpenVINO's default is bf16 wherever the processor has it, whatever the model is stored in.
+    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
+    if threads is not None:
+        options["INFERENCE_NUM_THREADS"] = threads
+    try:
+        core = openvino.Core()
+        compiled = core.compile_model(core.read_model(path), "CPU", options)
+        inputs = {name for port in compiled.inputs for name in port.names}
+        outputs = {name for port in compiled.outputs for name in port.names}
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: OpenVINO cannot load the graph ({last_line(error)}); export the model again"
+        ) from error
+    _check_names(path, inputs, outputs)
+    return lambda image, noise: compiled(dict(zip(INPUTS, (image, noise), strict=True)))[OUTPUT].copy()
+
+
+def _check_names(path: Path, inputs: set[str], outputs: set[str]) -> None:
+    if not (set(INPUTS) <= inputs and OUTPUT in outputs):
+        raise CheckpointError(
+            f"{path}: the graph takes {', '.join(sorted(inputs))} and gives {', '.join(sorted(outputs))}, not image, "
+            "noise and probability; export the model again"
+        )
