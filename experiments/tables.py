@@ -219,7 +219,36 @@ def full_size() -> list[str]:
     ]
 
 
+def large_images() -> list[str]:
+    found = read_json("large_images.json")
+    if not found:
+        return [MISSING, ""]
+    rows = [[name, f"{figures['seconds']:.1f}", f"{figures['peak_mb']:,}"] for name, figures in found["rows"].items()]
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return [
+        f"{found['model']}, network input {found['size']}x{found['size']}; {found['hardware']}; {versions}; "
+        f"{found['repeats']} run{'s' if found['repeats'] > 1 else ''} a case.",
+        "",
+        *table(["case", "seconds", "peak memory, MB"], rows),
+    ]
+
+
 def main() -> None:
+    large = [
+        "# Large images and volumes: time and memory",
+        "",
+        "Written by `experiments/tables.py` from `large_images.json`; do not edit by hand. Research software, not a",
+        "medical device.",
+        "",
+        "```",
+        ".venv/bin/python benchmarks/large_images.py --out docs/results/large_images.json",
+        "```",
+        "",
+        *large_images(),
+        "From file to file as `leafseg predict` works, each case in a process of its own; `start` is one tile: what all",
+        "of them share. Random weights: they change no timing.",
+    ]
+    (RESULTS / "large_images.md").write_text("\n".join(large) + "\n")
     full = [
         "# Full-size training: measured",
         "",
