@@ -245,8 +245,8 @@ def main() -> None:
         "```",
         "",
         *large_images(),
-        "From file to file as `leafseg predict` works, each case in a process of its own; `start` is one tile: what all",
-        "of them share. Random weights: they change no timing.",
+        "From file to file as `leafseg predict` works, each case in a process of its own; `start` is one tile: what",
+        "all of them share. Random weights: they change no timing.",
     ]
     (RESULTS / "large_images.md").write_text("\n".join(large) + "\n")
     full = [
