@@ -17,7 +17,7 @@ afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,9 +169,7 @@ class FoldedResnet(nn.Module):
         embeddings: time embedding ``[1, D]`` of each timestep; None for a block that takes none.
     """
 
-    def __init__(
-        self, block: ResnetBlock2D, kernels: Kernels, embeddings: Mapping[int, Tensor] | None = None
-    ) -> None:
+    def __init__(self, block: ResnetBlock2D, kernels: Kernels, embeddings: Mapping[int, Tensor] | None = None) -> None:
         super().__init__()
         if not isinstance(block.nonlinearity, nn.SiLU) or block.output_scale_factor != 1:
             raise CheckpointError("a residual block has another activation or output scale than fast mode knows")
@@ -414,8 +412,3 @@ def _stored(weight: Tensor, kernels: Kernels) -> Tensor:
 
 def _layout(kernels: Kernels) -> torch.memory_format:
     return torch.channels_last if kernels.channels_last else torch.contiguous_format
-
-
-def compiled(part: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compile`` for one input size."""
-    return torch.compile(part, dynamic=False)
