@@ -124,8 +124,11 @@ def write_random_model(
 def random_model(preset: str, size: int, *, quick: bool = False) -> Iterator[Path]:
     """A pipeline folder with random weights, made by a child so that this process stays small; removed at the end."""
     with tempfile.TemporaryDirectory(prefix="leafseg-benchmark-") as folder:
-        job = {"do": "model", "folder": folder, "preset": preset, "size": size, "quick": quick}
-        run_child([sys.executable, __file__, json.dumps(job)])
+        if quick:
+            write_random_model(Path(folder), model_settings(preset, size, quick=True))
+        else:
+            job = {"folder": folder, "preset": preset, "size": size}
+            run_child([sys.executable, __file__, json.dumps(job)])
         yield Path(folder)
 
 
@@ -204,4 +207,4 @@ def plain_and_default(folder: Path) -> dict[str, Callable[[], tuple[LeafPipeline
 
 if __name__ == "__main__":  # the child of random_model
     wanted = json.loads(sys.argv[1])
-    write_random_model(Path(wanted["folder"]), model_settings(wanted["preset"], wanted["size"], quick=wanted["quick"]))
+    write_random_model(Path(wanted["folder"]), model_settings(wanted["preset"], wanted["size"]))

@@ -56,8 +56,8 @@ def timed_parts(pipeline: Any, parts: dict[str, list[float]]) -> Iterator[None]:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--preset", default="leaf-tiny")
-    options.add_argument("--sizes", type=int, nargs="+", default=[256, 512])
-    options.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
+    options.add_argument("--sizes", type=int, nargs="+", default=[256])
+    options.add_argument("--batches", type=int, nargs="+", default=[1])
     options.add_argument("--modes", nargs="+", help="only those whose name contains one of these")
     options.add_argument("--compile", action="store_true", help="also torch.compile: minutes")
     arguments = options.parse_args()

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,7 +85,8 @@ class Benchmark:
 
     Attributes:
         rows: in the order of measuring.
-        best: the fastest arrangement within the bars; None if none of them is faster than the plain model.
+        best: the fastest arrangement within the bars, with the number of threads that suits it; None if none of them is
+            faster than the plain model.
         compared_images: given images whose plain mask is not empty: those that an agreement is of.
         conditions: size, batch, repeats, steps, threads, bars, processor, versions.
     """
@@ -195,6 +197,11 @@ def run_benchmark(
         report(row)
     usable = [row for row in rows if (row.ratio or 0) > 1 and _within(row, max_error, min_agreement)]
     best = min(usable, key=lambda row: row.timing.median if row.timing else 0.0, default=None)
+    if best is not None:
+        folded = load_folded(model, best.arrangement, **steps)
+        threads = fastest_threads(lambda: folded(inputs, **steps), repeats=repeats)
+        if threads != torch.get_num_threads():
+            best = replace(best, arrangement=replace(best.arrangement, threads=threads))
     conditions = {
         "size": list(plain.preprocessor.settings.size),
         "batch": batch,
@@ -220,6 +227,24 @@ def alternately(calls: Mapping[str, Callable[[], Any]], *, repeats: int, warm_up
             if turn >= warm_up:
                 seconds[name].append(time.perf_counter() - begun)
     return seconds
+
+
+def fastest_threads(call: Callable[[], Any], *, repeats: int) -> int:
+    """Of torch's own number of threads, half of it, and one for each core: which is fastest, if by more than 3 %."""
+    usual = torch.get_num_threads()
+
+    def with_threads(count: int) -> None:
+        torch.set_num_threads(count)
+        call()
+
+    counts = {usual, max(1, usual // 2), int(processor()["cores"])}
+    try:
+        seconds = alternately({str(count): partial(with_threads, count) for count in counts}, repeats=repeats)
+    finally:
+        torch.set_num_threads(usual)
+    medians = {count: statistics.median(seconds[str(count)]) for count in counts}
+    best = min(counts, key=lambda count: medians[count])
+    return best if medians[best] < 0.97 * medians[usual] else usual
 
 
 def images_of(folder: Path, *, limit: int = 50) -> list[Path]:

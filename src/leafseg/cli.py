@@ -225,10 +225,12 @@ def evaluate(
     if pipeline is not None:
         result.summary["steps"] = steps or int(pipeline.config["num_inference_steps"])
         result.summary["timesteps"] = timesteps.value if timesteps else pipeline.config["timesteps"]
-    arrangement = getattr(segmenter, "arrangement", None)
-    if arrangement is not None:
-        result.summary["fast"] = asdict(arrangement)
-        result.summary["precision"] = arrangement.dtype
+    if fast:
+        used = [one.arrangement for one in (segmenter.segmenters if pipeline is None else (segmenter,))]
+        result.summary["fast"] = [asdict(arrangement) if arrangement else None for arrangement in used]
+        result.summary["precision"] = ", ".join(
+            sorted({arrangement.dtype if arrangement else "fp32" for arrangement in used})
+        )
     command = result.summary["command"] = shlex.join(["leafseg", *sys.argv[1:]])
     result.save(folder)
     unit = result.summary["distance_unit"]

@@ -152,16 +152,29 @@ def read_fast_mode(model: str) -> Arrangement | None:
     again = f"`leafseg benchmark {model}` measures again"
     try:
         content = read_json(path)
-        arrangement = Arrangement(**content["arrangement"])
-        arrangement.kernels()
+        arrangement = _arrangement(**content["arrangement"])
         measured_with = {name: content[name] for name in ("processor", "versions", "model")}
-    except (DataError, KeyError, TypeError, AttributeError) as error:
+    except (DataError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: is no stored fast mode ({error}); {again}") from error
     changed = [name for name, here in _valid_for(model).items() if measured_with[name] != here]
     if changed:
         log.warning("%s: was measured with another %s and is ignored; %s", path, " and other ".join(changed), again)
         return None
     return arrangement
+
+
+def _arrangement(**stored: Any) -> Arrangement:
+    """An arrangement from a file, whose values may be of any type."""
+    made = Arrangement(**stored)
+    numbers = [number for number in (made.winograd_channels, made.threads) if number is not None]
+    switches = (made.channels_last, made.prepacked, made.compiled)
+    if (
+        made.dtype not in _DTYPES
+        or not all(type(number) is int and number > 0 for number in numbers)
+        or not all(type(switch) is bool for switch in switches)
+    ):
+        raise ValueError(f"its arrangement is {stored}")
+    return made
 
 
 def _valid_for(model: str) -> dict[str, Any]:

@@ -140,7 +140,15 @@ def test_without_a_stored_arrangement_fast_says_what_to_run(model: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "{", '{"arrangement": {"speed": 3}}', '{"arrangement": {"dtype": "int3"}}', "{}"]
+    "content",
+    [
+        "[]",
+        "{",
+        '{"arrangement": {"speed": 3}}',
+        '{"arrangement": {"dtype": "int3"}}',
+        '{"arrangement": {"threads": "two"}}',
+        "{}",
+    ],
 )
 def test_a_damaged_file_is_one_sentence(model: Path, content: str) -> None:
     (model / "fast_mode.json").write_text(content)
