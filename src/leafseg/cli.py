@@ -226,7 +226,7 @@ def evaluate(
         result.summary["steps"] = steps or int(pipeline.config["num_inference_steps"])
         result.summary["timesteps"] = timesteps.value if timesteps else pipeline.config["timesteps"]
     if fast:
-        used = [one.arrangement for one in (segmenter.segmenters if pipeline is None else (segmenter,))]
+        used = [getattr(one, "arrangement", None) for one in getattr(segmenter, "segmenters", (segmenter,))]
         result.summary["fast"] = [asdict(arrangement) if arrangement else None for arrangement in used]
         result.summary["precision"] = ", ".join(
             sorted({arrangement.dtype if arrangement else "fp32" for arrangement in used})

@@ -252,7 +252,7 @@ def stored_tensors(folder: Path, *, only: Callable[[str], bool] = lambda _: True
                     tensor = torch.empty(entry["shape"], dtype=_STORED_DTYPES[entry["dtype"]])
                     begin, end = entry["data_offsets"]
                     stream.seek(8 + length + begin)
-                    content = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+                    content = tensor.reshape(-1).view(torch.uint8).numpy().data
                     if end - begin != len(content) or stream.readinto(content) != len(content):
                         raise ValueError(f"weight {name} is cut off")
                     yield name, tensor
