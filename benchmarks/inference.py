@@ -11,10 +11,10 @@ parts of an image's time are measured inside the same calls.
 from __future__ import annotations
 
 import gc
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 from _common import (
@@ -53,6 +53,46 @@ def timed_parts(pipeline: Any, parts: dict[str, list[float]]) -> Iterator[None]:
             owner.__dict__.pop(method, None)
 
 
+def measure(
+    name: str, load: Callable[[], Any], plain: Any, images: Any, *, gflop: float, repeats: int
+) -> dict[str, Any]:
+    """One mode against the plain pipeline on a batch of images; ``gflop`` is the plain model's for one of them."""
+    from leafseg.benchmark import alternately
+    from leafseg.errors import CheckpointError
+
+    parts: dict[str, list[float]] = {}
+    plain_parts: dict[str, list[float]] = {}
+    try:
+        other, context = load()
+
+        def call() -> None:
+            with context():
+                other(images)
+
+        with timed_parts(other, parts), timed_parts(plain, plain_parts):
+            seconds = alternately({"plain": lambda: plain(images), name: call}, repeats=repeats)
+    except (CheckpointError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        print(f"  {name:<42} does not work here: {reason}")
+        return {"mode": name, "error": reason}
+    mine, theirs = spread(seconds[name]), spread(seconds["plain"])
+    ratio = theirs["median_ms"] / mine["median_ms"]
+    print(f"  {name:<42} {shown(mine)}  plain {shown(theirs)}  {ratio:.2f}x", flush=True)
+    batch, turns = len(images), slice(-repeats, None)
+    return {
+        "mode": name,
+        **mine,
+        "plain": theirs,
+        "ratio": round(ratio, 3),
+        "ms_an_image": round(mine["median_ms"] / batch, 3),
+        # The plain model's operations: folding leaves some out, which counts as speed.
+        "gflops": round(1000 * batch * gflop / mine["median_ms"], 1),
+        "plain_gflops": round(1000 * batch * gflop / theirs["median_ms"], 1),
+        "parts_ms": {part: spread(times[turns])["median_ms"] for part, times in parts.items()},
+        "plain_parts_ms": {part: spread(times[turns])["median_ms"] for part, times in plain_parts.items()},
+    }
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--preset", default="leaf-tiny")
@@ -65,14 +105,14 @@ def main() -> None:
         arguments.sizes, arguments.batches, arguments.repeats = [QUICK_SIZE], [1], 1
     about = conditions(arguments)
 
-    from leafseg.benchmark import alternately, candidates, synthetic_images
-    from leafseg.errors import CheckpointError
+    from leafseg.benchmark import candidates, synthetic_images
     from leafseg.fast_mode import load_folded
     from leafseg.model.build import model_figures
 
-    peaks = [matmul_peaks(side=256 if arguments.quick else 2048)]
-    print(f"matmul peak: fp32 {peaks[0]['fp32']} GFLOP/s, bf16 {peaks[0]['bf16']} GFLOP/s", flush=True)
-    rows = []
+    side = 256 if arguments.quick else 2048
+    peaks = matmul_peaks(side=side)
+    print(f"matmul peak: fp32 {peaks['fp32']} GFLOP/s, bf16 {peaks['bf16']} GFLOP/s", flush=True)
+    record = {"question": "inference", **about, "preset": arguments.preset, "gflop": {}, "rows": []}
     with random_model(arguments.preset, arguments.sizes[0], quick=arguments.quick) as folder:
         modes: dict[str, Any] = plain_and_default(folder)
         load_plain = modes.pop("plain")
@@ -80,61 +120,24 @@ def main() -> None:
             modes[name] = lambda a=arrangement: (load_folded(str(folder), a), nullcontext)
         wanted = arguments.modes or [""]
         modes = {name: load for name, load in modes.items() if any(word in name for word in wanted)}
-        for size in arguments.sizes:
+        for size, batch in itertools.product(arguments.sizes, arguments.batches):
             set_input_size(folder, size)
             settings = model_settings(arguments.preset, size, quick=arguments.quick)
-            gflop = model_figures(settings).gflops
+            figures = record["gflop"][str(size)] = model_figures(settings).gflops
+            gflop = figures["inference"]
             plain, _ = load_plain()
-            for batch in arguments.batches:
-                images = synthetic_images((size, size), batch)
-                print(f"{arguments.preset}, {size}x{size}, batch {batch}, {gflop['inference']:.1f} GFLOP an image")
-                for name, load in modes.items():
-                    row: dict[str, Any] = {"mode": name, "size": size, "batch": batch}
-                    try:
-                        other, context = load()
-
-                        def call(other: Any = other, context: Any = context, images: Any = images) -> None:
-                            with context():
-                                other(images)
-
-                        parts: dict[str, list[float]] = {}
-                        plain_parts: dict[str, list[float]] = {}
-                        with timed_parts(other, parts), timed_parts(plain, plain_parts):
-                            calls = {"plain": partial(plain, images), name: call}
-                            seconds = alternately(calls, repeats=arguments.repeats)
-                    except (CheckpointError, RuntimeError) as error:
-                        row["error"] = str(error).splitlines()[0]
-                        print(f"  {name:<42} does not work here: {row['error']}")
-                        rows.append(row)
-                        continue
-                    mine, theirs = spread(seconds[name]), spread(seconds["plain"])
-                    row |= {"plain": theirs, **mine, "ratio": round(theirs["median_ms"] / mine["median_ms"], 3)}
-                    row["ms_an_image"] = round(mine["median_ms"] / batch, 3)
-                    # The plain model's operations: folding leaves some out, which counts as speed.
-                    row["gflops"] = round(1000 * batch * gflop["inference"] / mine["median_ms"], 1)
-                    row["plain_gflops"] = round(1000 * batch * gflop["inference"] / theirs["median_ms"], 1)
-                    turns = slice(-arguments.repeats, None)
-                    row["parts_ms"] = {part: spread(s[turns])["median_ms"] for part, s in parts.items()}
-                    row["plain_parts_ms"] = {part: spread(s[turns])["median_ms"] for part, s in plain_parts.items()}
-                    rows.append(row)
-                    print(f"  {name:<42} {shown(mine)}  plain {shown(theirs)}  {row['ratio']:.2f}x", flush=True)
-                    del other, calls, call
-                    gc.collect()
+            images = synthetic_images((size, size), batch)
+            print(f"{arguments.preset}, {size}x{size}, batch {batch}, {gflop:.1f} GFLOP an image")
+            for name, load in modes.items():
+                row = measure(name, load, plain, images, gflop=gflop, repeats=arguments.repeats)
+                record["rows"].append({"size": size, "batch": batch, **row})
+                gc.collect()
+                record["matmul_gflops"] = peaks
+                write_record(arguments.out, record)  # what was measured stays, whatever happens next
             del plain
-            gc.collect()
-    peaks.append(matmul_peaks(side=256 if arguments.quick else 2048))
-    best = {kind: max(peak[kind] for peak in peaks) for kind in peaks[0]}
-    write_record(
-        arguments.out,
-        {
-            "question": "inference",
-            **about,
-            "preset": arguments.preset,
-            "matmul_gflops": best,
-            "gflop": gflop,
-            "rows": rows,
-        },
-    )
+    again = matmul_peaks(side=side)  # the better of before and after: what else ran then cost one of them
+    record["matmul_gflops"] = {kind: max(peaks[kind], again[kind]) for kind in peaks}
+    write_record(arguments.out, record)
 
 
 if __name__ == "__main__":

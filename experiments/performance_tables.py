@@ -114,9 +114,15 @@ def roofline(records: Sequence[Record]) -> list[str]:
     for preset in PRESETS:
         for record in of(records, "inference", preset):
             peaks = record["matmul_gflops"]
+            seen: set[int] = set()
             for row in record["rows"]:
                 if row["batch"] != 1 or "gflops" not in row:
                     continue
+                if row["size"] not in seen:
+                    seen.add(row["size"])
+                    share = f"{100 * row['plain_gflops'] / peaks['fp32']:.0f} %"
+                    peak = f"{peaks['fp32']:.0f} (fp32)"
+                    rows.append([preset, f"{row['size']} px", "plain", f"{row['plain_gflops']:.0f}", peak, share])
                 kind = "bf16" if "bf16" in row["mode"] else "fp32"
                 rows.append([
                     preset, f"{row['size']} px", row["mode"], f"{row['gflops']:.0f}", f"{peaks[kind]:.0f} ({kind})",
