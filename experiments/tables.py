@@ -144,15 +144,23 @@ def round_trip() -> list[str]:
 
 
 def inference() -> list[str]:
-    result = read_json("inference.json")
-    if not result:
+    result = read_json("performance/inference-tiny.json")
+    cells = [row for row in result.get("rows", []) if (row["size"], row["batch"]) == (256, 1) and "ratio" in row]
+    if not cells:
         return [MISSING, ""]
-    rows = [
-        [name, f"{v['median_ms']}", f"{v['p10_ms']} to {v['p90_ms']}", f"{v['times_faster_than_fp32']}"]
-        for name, v in result["rows"].items()
-    ]
-    head = ["one image, batch 1, 256x256", "median ms", "10th to 90th percentile", "times faster than fp32"]
-    return [f"{result['hardware']}, torch {result['torch']}.", "", *table(head, rows)]
+    plain = cells[0]["plain"]
+    rows = [["plain: fp32, torch's default memory format", *_milliseconds(plain), "1"]]
+    rows += [[row["mode"], *_milliseconds(row), f"{row['ratio']:.2f}"] for row in cells]
+    head = ["one image, batch 1, 256x256", "median ms", "fastest to slowest", "times faster than plain"]
+    unit = result["processor"]
+    hardware = (
+        f"{unit['model']} ({unit['instructions']}), {result['threads']} threads, torch {result['versions']['torch']}"
+    )
+    return [f"{hardware}. More in [performance](../performance.md).", "", *table(head, rows)]
+
+
+def _milliseconds(row: dict[str, Any]) -> list[str]:
+    return [f"{row['median_ms']:.1f}", f"{row['fastest_ms']:.1f} to {row['slowest_ms']:.1f}"]
 
 
 def wall_times() -> list[str]:
@@ -305,7 +313,7 @@ def main() -> None:
         "## Inference",
         "",
         "```",
-        "python benchmarks/inference.py --out docs/results/inference.json",
+        "python benchmarks/inference.py --out docs/results/performance/inference-tiny.json",
         "```",
         "",
         *inference(),

@@ -37,6 +37,7 @@ from leafseg.errors import ConfigError, LeafsegError
 from leafseg.runs import is_main_process
 
 if TYPE_CHECKING:
+    from leafseg.benchmark import Row
     from leafseg.data.manifest import Manifest
     from leafseg.evaluation.evaluate import Evaluation
     from leafseg.predict import Segmenter
@@ -124,6 +125,9 @@ NoiseOption = Annotated[
     typer.Option(help="Starting noise: gaussian (keyed per image) or zeros; default: the model's own."),
 ]
 SamplesOption = Annotated[int, typer.Option("--samples", min=1, help="Noise draws an image, averaged.")]
+FastOption = Annotated[
+    bool, typer.Option("--fast", help="Compute in the arrangement that `leafseg benchmark` stored for this machine.")
+]
 PrecisionOption = Annotated[PrecisionKind, typer.Option(help="auto: bf16 where the hardware multiplies in it.")]
 
 
@@ -201,6 +205,7 @@ def evaluate(
     noise: NoiseOption = None,
     samples: SamplesOption = 1,
     precision: PrecisionOption = PrecisionKind.fp32,
+    fast: FastOption = False,
     tolerance: Annotated[
         float, typer.Option(min=0, help="Of the surface Dice: in mm, or in pixels where their size is unknown.")
     ] = 2.0,
@@ -211,6 +216,7 @@ def evaluate(
 ) -> None:
     """Overlap, distances and calibration at original resolution, with intervals; a table an image, and a report."""
     import shlex
+    from dataclasses import asdict
     from importlib.util import find_spec
 
     from leafseg.evaluation.report import find_examples, require_report_packages, write_report
@@ -232,6 +238,7 @@ def evaluate(
         noise=noise.value if noise else None,
         num_samples=samples,
         precision=precision.value,
+        fast=fast,
     )
     part, result = _evaluated(
         segmenter, model, data, split, split_file=split_file, overrides=overrides, tolerance=tolerance
@@ -245,6 +252,12 @@ def evaluate(
         result.summary["steps"] = steps or int(pipeline.config["num_inference_steps"])
         result.summary["timesteps"] = timesteps.value if timesteps else pipeline.config["timesteps"]
         result.summary["noise"] = noise.value if noise else pipeline.config["noise"]
+    if fast:
+        used = [getattr(one, "arrangement", None) for one in getattr(segmenter, "segmenters", (segmenter,))]
+        result.summary["fast"] = [asdict(arrangement) if arrangement else None for arrangement in used]
+        result.summary["precision"] = ", ".join(
+            sorted({arrangement.dtype if arrangement else "fp32" for arrangement in used})
+        )
     command = result.summary["command"] = shlex.join(["leafseg", *sys.argv[1:]])
     result.save(folder)
     unit = result.summary["distance_unit"]
@@ -391,6 +404,7 @@ def predict(
     noise: NoiseOption = None,
     samples: SamplesOption = 1,
     precision: PrecisionOption = PrecisionKind.fp32,
+    fast: FastOption = False,
     probability: Annotated[bool, typer.Option(help="Also write the probability of each label.")] = False,
     overlay: Annotated[bool, typer.Option(help="Also write the image with the labels' outlines.")] = False,
     contours: Annotated[
@@ -412,6 +426,7 @@ def predict(
         noise=noise.value if noise else None,
         num_samples=samples,
         precision=precision.value,
+        fast=fast,
     )
     report = predict_files(
         segmenter,
@@ -538,6 +553,66 @@ def export(
         run_split=run_split,
     )
     print("\n".join(report.lines()))
+
+
+@app.command()
+def benchmark(
+    model: Annotated[str, typer.Argument(help="A run, or a pipeline folder.")],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of images on which masks are compared; default: synthetic images.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="At most so many of them, evenly spaced.")] = 50,
+    batch: Annotated[int, typer.Option(min=1, help="Images a call.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each arrangement.")] = 5,
+    steps: StepsOption = None,
+    timesteps: TimestepsOption = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Also try torch.compile: minutes.")] = False,
+    max_error: Annotated[float, typer.Option(min=0, help="Bar: relative error of the mask latent.")] = 0.03,
+    min_agreement: Annotated[float, typer.Option(min=0, max=1, help="Bar: mean Dice with the plain masks.")] = 0.999,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the figures, besides fast_mode.json.")] = None,
+) -> None:
+    """The fastest arrangement for a model on this machine, stored beside it for `--fast`, with its error."""
+    from leafseg.benchmark import images_of, run_benchmark
+    from leafseg.errors import CheckpointError
+    from leafseg.fast_mode import fast_mode_file, write_fast_mode
+    from leafseg.files import write_json_atomic
+
+    fast_mode_file(model)  # a model that cannot take one is refused before minutes of work
+    print(
+        f"{'':<26}{'ms':>9}{'fastest':>9}{'slowest':>9}{'plain':>9}{'ratio':>7}{'latent':>10}{'largest':>9}{'Dice':>9}"
+    )
+    result = run_benchmark(
+        model,
+        images=images_of(images, limit=limit) if images else (),
+        batch=batch,
+        repeats=repeats,
+        num_inference_steps=steps,
+        timesteps=timesteps.value if timesteps else None,
+        compiled=compiled,
+        max_error=max_error,
+        min_agreement=min_agreement,
+        report=lambda row: print(_benchmark_line(row), flush=True),
+    )
+    if out is not None:
+        write_json_atomic(out, result.to_json())
+    if images and not result.compared_images:
+        print("the plain model's masks of these images are all empty: no agreement could be measured")
+    if result.best is None:
+        raise CheckpointError(
+            f"{model}: no arrangement is faster than the plain model within the bars (latent error {max_error:g}, "
+            f"agreement {min_agreement:g}); nothing is stored, raise a bar or stay with the plain model"
+        )
+    path = write_fast_mode(model, result.best.arrangement, result.to_json())
+    print(f"best: {result.best.name}, {result.best.ratio:.2f} times the plain model; {path}; use it with --fast")
+
+
+def _benchmark_line(row: Row) -> str:
+    if row.timing is None or row.plain is None or row.ratio is None:
+        return f"{row.name:<26}does not work here: {row.error}"
+    times = (row.timing.median, row.timing.fastest, row.timing.slowest, row.plain.median)
+    dice = "" if row.agreement is None else f"{row.agreement:.5f}"
+    figures = "".join(f"{1000 * seconds:>9.1f}" for seconds in times)
+    return f"{row.name:<26}{figures}{row.ratio:>7.2f}{row.latent_error:>10.1e}{row.largest_error:>9.4f}{dice:>9}"
 
 
 @app.command("train-autoencoder")

@@ -131,12 +131,16 @@ def load_single(model: str, **options: Any) -> PipelineSegmenter | BaselineSegme
     Raises:
         CheckpointError: if it cannot be loaded.
     """
-    if is_export(Path(model)):
+    exported, baseline = is_export(Path(model)), is_baseline(model)
+    if not exported and not baseline:
+        return load_segmenter(model, **options)
+    if options.pop("fast", False):
+        what = "an exported model" if exported else "a baseline"
+        raise CheckpointError(f"{model}: {what} has no fast mode, which is of LEAF models in PyTorch; leave --fast out")
+    if exported:
         return load_exported(Path(model), **options)
-    if is_baseline(model):
-        known = ("num_inference_steps", "precision", "device")  # it starts from no noise
-        return load_baseline(model, **{name: value for name, value in options.items() if name in known})
-    return load_segmenter(model, **options)
+    known = ("num_inference_steps", "precision", "device")  # it starts from no noise
+    return load_baseline(model, **{name: value for name, value in options.items() if name in known})
 
 
 def load_model(

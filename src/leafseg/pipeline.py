@@ -147,7 +147,7 @@ class LeafPipeline(DiffusionPipeline):
         name = resolve_model(str(pretrained_model_name_or_path))
         folder = Path(name)
         if folder.exists():
-            _check_folder(folder)
+            check_folder(folder)
         elif name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise CheckpointError(f"{name}: no such folder; give a run, a pipeline folder, or a hub id (owner/name)")
         kwargs.setdefault("low_cpu_mem_usage", True)
@@ -158,7 +158,7 @@ class LeafPipeline(DiffusionPipeline):
             if not folder.exists():
                 # The index is checked before any component is touched.
                 folder = _download(name, kwargs)
-                _check_folder(folder)
+                check_folder(folder)
             diffusers_logging.disable_progress_bar()
             pipe = super().from_pretrained(folder, use_safetensors=True, **kwargs)
             for part in (name for name in ("unet", "vae", "image_encoder") if name not in kwargs):
@@ -216,7 +216,7 @@ class LeafPipeline(DiffusionPipeline):
             DataError: if an image has a shape or range that cannot be read, or a list mixes sizes.
             ValueError: for an argument out of range.
         """
-        visited = self._visited_timesteps(num_inference_steps, timesteps)
+        visited = self.visited_timesteps(num_inference_steps, timesteps)
         noise = self._starting_noise(noise)
         _check_draws(noise, num_samples, tile_batch_size)
 
@@ -291,7 +291,7 @@ class LeafPipeline(DiffusionPipeline):
         """
         if self.preprocessor.settings.fit != "tile":
             raise ValueError(f"the model's fit is {self.preprocessor.settings.fit}; only fit tile reads piece by piece")
-        visited = self._visited_timesteps(num_inference_steps, timesteps)
+        visited = self.visited_timesteps(num_inference_steps, timesteps)
         noise = self._starting_noise(noise)
         _check_draws(noise, num_samples, tile_batch_size)
         channels = self.mask_code.n_outputs
@@ -352,7 +352,8 @@ class LeafPipeline(DiffusionPipeline):
         settings = self.preprocessor.settings
         return TileGrid.plan(size, settings.size, overlap=settings.tile_overlap, stride=self._latent_stride)
 
-    def _visited_timesteps(self, steps: int | None, timesteps: TimestepSpacing | None) -> list[int]:
+    def visited_timesteps(self, steps: int | None, timesteps: TimestepSpacing | None) -> list[int]:
+        """The timesteps of a call with these arguments, descending. Raises ValueError for one out of range."""
         steps = self.config["num_inference_steps"] if steps is None else steps
         limit = int(self.scheduler.config["num_train_timesteps"])
         if not 1 <= steps <= limit:
@@ -376,6 +377,10 @@ class LeafPipeline(DiffusionPipeline):
         Returns:
             Probabilities ``[B*S, C, h, w]``, float32 on the CPU.
         """
+        return self.probability_of(self.mask_latent(images, latent, visited=visited))
+
+    def mask_latent(self, images: Tensor, latent: Tensor, *, visited: Sequence[int]) -> Tensor:
+        """The first half of a prediction: arguments as ``_predict``'s, result ``[B*S, z, h/8, w/8]`` in fp32."""
         # Image latent, once an image.
         device, dtype = self._execution_device, self.unet.dtype
         code = self.image_encoder((images * 2 - 1).to(device, dtype))
@@ -396,8 +401,10 @@ class LeafPipeline(DiffusionPipeline):
                 prediction_type=schedule["prediction_type"],
                 clip_range=float(schedule["clip_sample_range"]) if schedule["clip_sample"] else None,
             )
+        return latent
 
-        # Pictures and probabilities.
+    def probability_of(self, latent: Tensor) -> Tensor:
+        """The second half: probabilities ``[B*S, C, h, w]``, float32 on the CPU, of mask latents."""
         decoded = decode_pictures(self.vae, latent.to(self.vae.dtype)).float()  # [B*S, P*3, h, w]
         return self.mask_code.probability(decoded).cpu()
 
@@ -506,7 +513,12 @@ def _pixels(item: Any) -> np.ndarray[Any, Any]:
     raise DataError(f"the image is a {type(item).__name__}; give a PIL image, an array, or a tensor [B, 3, H, W]")
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """A pipeline folder's index, before any of its weights is touched.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, of another kind or version, or names a class that is not allowed.
+    """
     index = folder / "model_index.json"
     if (folder / BASELINE_FILE).is_file():
         raise CheckpointError(

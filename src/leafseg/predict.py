@@ -44,7 +44,8 @@ from leafseg.data.images import (
     write_volume,
 )
 from leafseg.data.large import LARGE_PIXELS, tiff_pages, tiff_size, wants_pieces
-from leafseg.errors import CheckpointError, DataError, MissingExtraError
+from leafseg.errors import CheckpointError, ConfigError, DataError, MissingExtraError
+from leafseg.fast_mode import Arrangement, load_folded, read_fast_mode
 from leafseg.files import read_json, write_json_atomic
 from leafseg.outputs.contours import CocoFile, write_geojson
 from leafseg.outputs.dicom_seg import SegmentCodes, require_dicom_packages, write_dicom_seg
@@ -130,8 +131,10 @@ class PipelineSegmenter:
         noise: Noise | None = None,
         num_samples: int = 1,
         autocast: Callable[[], AbstractContextManager[Any]] | None = None,
+        arrangement: Arrangement | None = None,
     ) -> None:
         self.pipeline = pipeline
+        self.arrangement = arrangement  # of fast mode, for reports
         self._arguments: dict[str, Any] = {
             "num_inference_steps": num_inference_steps,
             "timesteps": timesteps,
@@ -213,6 +216,7 @@ def load_segmenter(
     noise: Noise | None = None,
     num_samples: int = 1,
     precision: Precision = "fp32",
+    fast: bool = False,
     device: str | None = None,
 ) -> PipelineSegmenter:
     """A run, pipeline folder or hub id, ready to segment.
@@ -222,11 +226,22 @@ def load_segmenter(
         num_inference_steps, timesteps, noise: default: the model's recommendation.
         noise, num_samples: see :class:`leafseg.pipeline.LeafPipeline`.
         precision: fp32, or autocast to bf16 / fp16; auto takes bf16 where the hardware multiplies in it.
+        fast: compute in the arrangement that `leafseg benchmark` stored, on the CPU; see :mod:`leafseg.fast_mode`. One
+            that was measured with something else than what is here is ignored with a warning.
         device: ``cpu`` or ``cuda``; default: cuda if there is one (never tried: no such device was at hand).
 
     Raises:
-        CheckpointError: if the model cannot be loaded, or has no such number of steps.
+        CheckpointError: if the model cannot be loaded, has no such number of steps, or no stored fast mode.
+        ConfigError: if ``fast`` meets a precision or device of one's own.
     """
+    if fast:
+        if precision != "fp32" or device not in (None, "cpu"):
+            raise ConfigError("fast mode has its own precision, on the CPU; leave out --precision and the device")
+        arrangement = read_fast_mode(model)
+        if arrangement is not None:
+            steps: dict[str, Any] = {"num_inference_steps": num_inference_steps, "timesteps": timesteps}
+            folded = load_folded(model, arrangement, **steps)
+            return PipelineSegmenter(folded, noise=noise, num_samples=num_samples, arrangement=arrangement, **steps)
     pipeline = LeafPipeline.from_pretrained(model)
     limit = int(pipeline.scheduler.config["num_train_timesteps"])
     if num_inference_steps is not None and not 1 <= num_inference_steps <= limit:

@@ -17,6 +17,7 @@ SPLIT_FILE = "split.csv"
 ENSEMBLE_FILE = "ensemble.json"
 BASELINE_FILE = "baseline.json"
 EXPORT_FILE = "export.json"
+FAST_MODE_FILE = "fast_mode.json"
 PIPELINE_FOLDER = "pipeline"
 TRAINER_FILES = ("weights.safetensors", "ema.safetensors", "optimizer.pt")
 _NAME = re.compile(r"step-(\d{6,})")
@@ -94,7 +95,8 @@ def model_sha256(model: str) -> str | None:
     if not any((folder / name).is_file() for name in ("model_index.json", BASELINE_FILE, EXPORT_FILE)):
         return None
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    # How the model is computed on one machine is no part of it.
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != FAST_MODE_FILE):
         with path.open("rb") as stream:
             content = hashlib.file_digest(stream, "sha256").hexdigest()
         digest.update(f"{content} {path.relative_to(folder).as_posix()}\n".encode())

@@ -159,6 +159,8 @@ def test_a_wrong_layout_or_start_is_one_sentence(train_tiny: Train, run: Path, d
         train_tiny(data, tmp_path, *UNET, init_from=str(run))
     with pytest.raises(CheckpointError, match="a baseline has no reverse steps"):
         load_model(str(run), num_inference_steps=5)
+    with pytest.raises(CheckpointError, match="a baseline has no fast mode"):
+        load_model(str(run), fast=True)
     with pytest.raises(CheckpointError, match="is a baseline network, and a LEAF model is needed"):
         LeafPipeline.from_pretrained(str(run))
 

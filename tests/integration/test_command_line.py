@@ -16,6 +16,7 @@ import torch
 from leafseg.config import Settings
 from leafseg.data.images import read_image
 from leafseg.data.manifest import load_manifest
+from leafseg.fast_mode import Arrangement, write_fast_mode
 from leafseg.pipeline import LeafPipeline
 from leafseg.runs import checkpoint_folder, resolve_model
 from leafseg.training.trainer import TrainingResult
@@ -210,3 +211,33 @@ def test_presets_are_listed_with_their_sizes(cli: Cli) -> None:
     assert set(listed) == {"leaf-base", "leaf-reference", "leaf-tiny"}
     assert all(entry["parameters"]["unet"] > 0 for entry in listed.values())
     assert "leaf-tiny: 128x128 input" in cli("presets").stdout
+
+
+def test_a_benchmark_stores_what_fast_uses(cli: Cli, trained: Path, data: Path, tmp_path: Path) -> None:
+    image = data / "images" / "000.png"
+    early = cli("predict", trained, image, "--out", tmp_path / "early", "--fast")
+    assert early.code == 2
+    assert "has no fast_mode.json yet" in early.error
+
+    strict = cli("benchmark", trained, "--repeats", 1, "--max-error", 0)
+    assert strict.code == 2
+    assert "no arrangement is faster than the plain model within the bars" in strict.error
+    assert not (trained / "fast_mode.json").exists()
+
+    # Which one is the fastest, and whether any is, is the machine's: the arrangement is stored by hand.
+    write_fast_mode(str(trained), Arrangement(), {})
+    plain = cli("predict", trained, image, "--out", tmp_path / "plain")
+    fast = cli("predict", trained, image, "--out", tmp_path / "fast", "--fast")
+    assert (plain.code, fast.code) == (0, 0)
+    np.testing.assert_array_equal(read_image(tmp_path / "fast" / "000.png"), read_image(tmp_path / "plain" / "000.png"))
+
+    evaluated = cli("evaluate", trained, "--data", data, "--fast", "--out", tmp_path / "tables", "--no-report")
+    assert evaluated.code == 0
+    assert json.loads((tmp_path / "tables" / "summary.json").read_text())["fast"][0]["dtype"] == "fp32"
+    both = cli("predict", trained, image, "--out", tmp_path / "both", "--fast", "--precision", "bf16")
+    assert both.code == 2
+    assert "leave out --precision" in both.error
+    for wrong in (tmp_path / "nowhere", "owner/name"):
+        refused = cli("benchmark", wrong)
+        assert refused.code == 2
+        assert "fast mode is stored beside a model" in refused.error

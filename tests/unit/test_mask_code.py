@@ -222,6 +222,13 @@ def test_a_blurred_border_between_two_classes_is_no_line_of_background() -> None
     assert code.labels(code.probability(decoded)).unique().tolist() == [1, 3]
 
 
+@pytest.mark.parametrize("code", ["planes", "bits"])
+def test_the_label_is_the_likeliest_class_and_the_first_of_equals(code: str) -> None:
+    probability = torch.tensor([[0.2, 0.5, 0.3], [0.4, 0.4, 0.2], [0.1, 0.45, 0.45], [1 / 3, 1 / 3, 1 / 3]])
+    labels = make_mask_code(code, ("background", "a", "b")).labels(probability.mT[None, :, :, None])
+    assert labels[0, :, 0].tolist() == [1, 0, 1, 0]
+
+
 def test_overlapping_labels_are_binary_masks_side_by_side() -> None:
     code, binary = make_mask_code("overlapping", ("tumour", "vessel", "bone")), BinaryMaskCode()
     generator = torch.Generator().manual_seed(0)

@@ -1,0 +1,299 @@
+"""Write docs/performance.md from the records in docs/results/performance; a cell that was not measured says so.
+
+    .venv/bin/python experiments/performance_tables.py
+
+Which record answers which question stands in it; of several for one cell, the file that comes last by name counts.
+Modes that are not listed here get rows of their own, after those that are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = ROOT / "docs" / "results" / "performance"
+PAGE = ROOT / "docs" / "performance.md"
+MISSING = "not measured"
+PRESETS = ("leaf-base", "leaf-tiny")
+SIZES, BATCHES = (256, 512), (1, 4, 16)
+MODES = (
+    "channels_last (predict)",
+    "bf16 autocast (predict --precision bf16)",
+    "fp32, folded",
+    "fp32, folded, prepacked",
+    "fp32, folded, Winograd",
+    "bf16, folded",
+    "bf16, folded, prepacked",
+    "bf16, folded, Winograd",
+)
+Record = Mapping[str, Any]
+
+
+def read_records(folder: Path) -> list[Record]:
+    """All full records; one of a --quick check is no result."""
+    records = [json.loads(path.read_text()) | {"file": path.name} for path in sorted(folder.glob("*.json"))]
+    return [record for record in records if not record.get("quick")]
+
+
+def of(records: Iterable[Record], question: str, preset: str | None = None) -> list[Record]:
+    return [r for r in records if r.get("question") == question and preset in (None, r.get("preset"))]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [list(head), ["---"] * len(head), *(list(row) for row in rows)]
+    return [f"| {' | '.join(line)} |" for line in lines] + [""]
+
+
+def conditions(records: Sequence[Record]) -> list[str]:
+    """Hardware, versions and command of each record, once."""
+    lines = []
+    for record in records:
+        unit, versions = record["processor"], record["versions"]
+        found = (
+            f"{unit['model']} ({unit['instructions']}{', bf16' if unit['bf16'] else ''}), {record['threads']} threads, "
+        )
+        found += ", ".join(f"{name} {number}" for name, number in versions.items())
+        lines.append(f"- `{record.get('command', record['file'])}`: {found}")
+    return [*lines, ""] if lines else []
+
+
+def inference(records: Sequence[Record]) -> list[str]:
+    lines = []
+    for preset in PRESETS:
+        mine = of(records, "inference", preset)
+        cells = {(row["mode"], row["size"], row["batch"]): row for r in mine for row in r["rows"]}
+        extra = sorted({mode for mode, _, _ in cells} - set(MODES))
+        lines += [
+            f"### {preset}",
+            "",
+            "Milliseconds an image; in brackets how many times faster than the plain model.",
+            "",
+        ]
+        columns = [(size, batch) for size in SIZES for batch in BATCHES]
+        rows = []
+        plain = {(size, batch): row["plain"] for (_, size, batch), row in cells.items() if "plain" in row}
+        rows.append(["plain", *(f"{plain[c]['median_ms'] / c[1]:.1f}" if c in plain else MISSING for c in columns)])
+        for mode in (*MODES, *extra):
+            rows.append([mode, *(cell(cells.get((mode, *column))) for column in columns)])
+        lines += table(["mode", *(f"{size} px, batch {batch}" for size, batch in columns)], rows)
+        lines += parts(cells) + conditions(mine)
+    return lines
+
+
+def cell(row: Record | None) -> str:
+    if row is None:
+        return MISSING
+    if "error" in row:
+        return "does not work here"
+    return f"{row['ms_an_image']:.1f} ({row['ratio']:.2f})"
+
+
+def parts(cells: Mapping[tuple[str, int, int], Record]) -> list[str]:
+    """Where the time of one image of 256 px goes, for the plain model and the fastest mode."""
+    found = {mode: row for (mode, size, batch), row in cells.items() if (size, batch) == (256, 1) and "parts_ms" in row}
+    if not found:
+        return ["Where the time of one 256 px image goes: " + MISSING + ".", ""]
+    best = min(found, key=lambda mode: found[mode]["median_ms"])
+    rows = []
+    for name, whole, split in (
+        ("plain", found[best]["plain"]["median_ms"], found[best]["plain_parts_ms"]),
+        (best, found[best]["median_ms"], found[best]["parts_ms"]),
+    ):
+        rows.append(
+            [name, *(f"{ms:.1f}" for ms in split.values()), f"{whole - sum(split.values()):.1f}", f"{whole:.1f}"]
+        )
+    head = ["", *found[best]["parts_ms"], "all around them", "whole"]
+    return ["Where the time of one 256 px image goes, in ms:", "", *table(head, rows)]
+
+
+def roofline(records: Sequence[Record]) -> list[str]:
+    rows = []
+    for preset in PRESETS:
+        for record in of(records, "inference", preset):
+            peaks = record["matmul_gflops"]
+            seen: set[int] = set()
+            for row in record["rows"]:
+                if row["batch"] != 1 or "gflops" not in row:
+                    continue
+                if row["size"] not in seen:
+                    seen.add(row["size"])
+                    share = f"{100 * row['plain_gflops'] / peaks['fp32']:.0f} %"
+                    peak = f"{peaks['fp32']:.0f} (fp32)"
+                    rows.append([preset, f"{row['size']} px", "plain", f"{row['plain_gflops']:.0f}", peak, share])
+                kind = "bf16" if "bf16" in row["mode"] else "fp32"
+                rows.append([
+                    preset, f"{row['size']} px", row["mode"], f"{row['gflops']:.0f}", f"{peaks[kind]:.0f} ({kind})",
+                    f"{100 * row['gflops'] / peaks[kind]:.0f} %",
+                ])  # fmt: skip
+    return [
+        "The plain model's floating-point operations (2 a multiply-add), divided by the time, against the fastest",
+        "2048x2048 matrix product of the same run. Folded modes leave operations out (upsampling with its convolution",
+        "takes 4/9), Winograd's more: what they skip counts as done, so a share may exceed 100 %.",
+        "",
+        *(table(["model", "size", "mode", "GFLOP/s", "matrix product", "share"], rows) if rows else [MISSING, ""]),
+    ]
+
+
+def memory(records: Sequence[Record]) -> list[str]:
+    lines = []
+    for preset in PRESETS:
+        mine = of(records, "memory", preset)
+        found = {name: row for record in mine for name, row in record["rows"].items()}
+        rows = []
+        for mode in ("imports", "plain", *MODES, *sorted(set(found) - {"imports", "plain", *MODES})):
+            row = found.get(mode)
+            figures = ["", ""] if row is None else [f"{row['median_mb']:.0f}", f"{100 * row['of_plain']:.0f} %"]
+            rows.append([mode, *(figures if row else [MISSING, MISSING])])
+        lines += [f"### {preset}", "", *table(["mode", "peak MB", "of plain"], rows), *conditions(mine)]
+    return lines
+
+
+def start_up(records: Sequence[Record]) -> list[str]:
+    mine = of(records, "start-up")
+    rows = []
+    for record in mine:
+        for name, row in record["rows"].items():
+            images = "" if name.endswith("help") else f"{record['preset']}, {record['images']} images"
+            speed = "" if name.endswith("help") else f"{row['ms_an_image']:.1f}"
+            whole = f"{row['wall_seconds']:.2f} [{row['wall_fastest']:.2f}, {row['wall_slowest']:.2f}]"
+            start = whole if name.endswith("help") else f"{row['start_up_seconds']:.2f}"
+            rows.append(
+                [f"`{name}`" if name.startswith("leafseg") else f"`leafseg {name}`", images, whole, start, speed]
+            )
+    head = ["command", "", "seconds in all", "of which start-up", "ms an image"]
+    return (table(head, rows) if rows else [MISSING, ""]) + conditions(mine)
+
+
+def data_loading(records: Sequence[Record]) -> list[str]:
+    mine = of(records, "data loading")
+    rows = [
+        ["decoded again" if not row["cache_mb"] else "from memory", str(row["workers"]),
+         f"{row['samples_a_second']:.0f} [{row['least']:.0f}, {row['most']:.0f}]", f"{row['times_the_step']:.1f}"]
+        for record in mine
+        for row in record["rows"]
+    ]  # fmt: skip
+    head = ["samples", "workers", "samples a second", "times what a training step takes"]
+    return (table(head, rows) if rows else [MISSING, ""]) + conditions(mine)
+
+
+def agreement(records: Sequence[Record]) -> list[str]:
+    """Records that `leafseg benchmark --out` wrote; the model's name is the file's."""
+    rows = []
+    for record in records:
+        if "best" not in record:
+            continue
+        for row in record["rows"]:
+            if row["error"] is not None:
+                continue
+            dice = MISSING if row["agreement"] is None else f"{row['agreement']:.5f} ({row['worst_agreement']:.5f})"
+            chosen = " (chosen)" if row["name"] == record["best"] else ""
+            rows.append([
+                record["file"].removesuffix(".json"), row["name"] + chosen, f"{row['ratio']:.2f}",
+                f"{row['latent_error']:.1e}", f"{row['probability_error']:.1e}", f"{row['largest_error']:.4f}", dice,
+                str(record["compared_images"]) if row["agreement"] is not None else "",
+            ])  # fmt: skip
+    head = ["model", "mode", "times faster", "latent", "probability", "largest pixel", "Dice (worst image)", "images"]
+    return table(head, rows) if rows else [MISSING, ""]
+
+
+def scaling(records: Sequence[Record]) -> list[str]:
+    mine = of(records, "scaling")
+    rows = []
+    for record in mine:
+        for question, row in record["rows"].items():
+            ends = " to ".join(
+                f"{point['x']:g} ({point['median_ms']:.0f} ms)" for point in (row["points"][0], row["points"][-1])
+            )
+            slope = MISSING if row["exponent"] is None else f"{row['exponent']:.2f}"
+            rows.append([question, f"{ends} {row['unit']}", slope])
+    lines = table(["cost against", "measured", "exponent"], rows) if rows else [MISSING, ""]
+    if (RECORDS / "scaling.png").is_file():
+        lines += ["![Cost against size, batch, classes, steps and images](results/performance/scaling.png)", ""]
+    return lines + conditions(mine)
+
+
+def best_row(records: Sequence[Record], preset: str, size: int = 256, batch: int = 1) -> Record | None:
+    """The fastest mode of a cell."""
+    rows = [row for record in of(records, "inference", preset) for row in record["rows"]]
+    here = [row for row in rows if (row["size"], row["batch"]) == (size, batch) and "ratio" in row]
+    return max(here, key=lambda row: row["ratio"], default=None)
+
+
+def choices(records: Sequence[Record]) -> list[str]:
+    """What to choose when, each with the figure that says so."""
+    lines = []
+    for preset in PRESETS:
+        best = best_row(records, preset)
+        figure = MISSING if best is None else f"{best['ratio']:.2f} times the plain model ({best['mode']})"
+        lines.append(f"- **Many images on one machine**, {preset}: `leafseg benchmark MODEL`, then `--fast`: {figure}.")
+    lines.append("- **Results to the last bit**: no option. The default is fp32 in channels_last.")
+    lines.append(
+        "- **No bf16 in the processor, or fp32 precision wanted**: the folded fp32 modes differ by rounding alone."
+    )
+    found = {name: row for r in of(records, "memory", "leaf-base") for name, row in r["rows"].items()}
+    least = min((name for name in found if name != "imports"), key=lambda name: found[name]["median_mb"], default=None)
+    figure = MISSING if least is None else f"{100 * found[least]['of_plain']:.0f} % of plain ({least})"
+    lines.append(f"- **Little memory**, leaf-base: {figure}.")
+    for preset in PRESETS:
+        one, many = best_row(records, preset), best_row(records, preset, batch=16)
+        known = one is not None and many is not None
+        figure = f"{one['ms_an_image'] / many['ms_an_image']:.2f} times as fast an image as 1" if known else MISSING
+        lines.append(f"- **Batches**, {preset} at 256 px: 16 images a call are {figure}.")
+    starts = [row for r in of(records, "start-up") for name, row in r["rows"].items() if name == "predict"]
+    figure = f"{starts[-1]['start_up_seconds']:.1f} s of every call of `leafseg predict`" if starts else MISSING
+    lines.append(f"- **A few images**: start-up is {figure}; give folders, not one image a call.")
+    return [*lines, ""]
+
+
+def page(records: Sequence[Record]) -> str:
+    lines = [
+        "# Performance",
+        "",
+        "Written by `experiments/performance_tables.py` from the records in `docs/results/performance`, made by the",
+        "commands beneath the tables. Every ratio is against the plain model (fp32, torch's default memory format),",
+        "timed alternately in the same run. How to use it: [fast mode](fast-mode.md).",
+        "",
+        "## What to choose",
+        "",
+        *choices(records),
+        "## Inference",
+        "",
+        *inference(records),
+        "## Error of the modes, and agreement of their masks",
+        "",
+        "Relative errors (Euclidean norm) of mask latent and probability against the plain model, the largest error of",
+        "one pixel's probability, and the Dice of the masks with the plain model's, where those are not empty.",
+        "",
+        *agreement(records),
+        "## Roofline",
+        "",
+        *roofline(records),
+        "## Memory",
+        "",
+        "Peak resident memory of a process that loads the model and segments one image.",
+        "",
+        *memory(records),
+        "## Start-up",
+        "",
+        *start_up(records),
+        "## Data loading",
+        "",
+        *data_loading(records),
+        "## Scaling",
+        "",
+        *scaling(records),
+        "What can make an exponent larger than 1: the U-Net's attention compares every position with every other, so",
+        "that its share grows with the square of the pixels. What makes it smaller: costs that more work shares",
+        "(Python, small layers that leave cores idle, the image encoder, which all steps share).",
+        "",
+        "Research software, not a medical device.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(read_records(RECORDS)))
+    print(PAGE)

@@ -1,0 +1,76 @@
+"""Every benchmark runs, and its record becomes a page; how fast anything is, no test says."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+IN_PROCESS = ("inference", "data_loading", "scaling")
+WITH_CHILDREN = ("memory", "start_up")
+
+
+def _module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _record(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    out = tmp_path / f"{name}.json"
+    script = ROOT / "benchmarks" / f"{name}.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--quick", "--out", str(out)])
+    _module(script).main()
+    record: dict[str, Any] = json.loads(out.read_text())
+    assert record["quick"]
+    assert record["command"] == f"benchmarks/{name}.py --quick"
+    assert {"torch", "leafseg"} <= record["versions"].keys()
+    assert record["processor"]["cores"] >= 1
+    assert record["rows"]
+    return record
+
+
+@pytest.mark.parametrize("name", IN_PROCESS)
+def test_a_benchmark_runs_and_its_record_fills_the_page(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = _record(name, tmp_path, monkeypatch)
+    tables = _module(ROOT / "experiments" / "performance_tables.py")
+    assert tables.read_records(tmp_path) == []  # a quick check is no result
+    empty = tables.page([])
+    assert "not measured" in empty
+    filled = tables.page([record | {"quick": False, "file": f"{name}.json"}])
+    assert f"`benchmarks/{name}.py --quick`" in filled
+    assert filled.count("not measured") <= empty.count("not measured")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITH_CHILDREN)
+def test_a_benchmark_of_whole_processes_runs_too(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = _record(name, tmp_path, monkeypatch)
+    tables = _module(ROOT / "experiments" / "performance_tables.py")
+    assert f"`benchmarks/{name}.py --quick`" in tables.page([record | {"quick": False, "file": "x.json"}])
+
+
+def test_the_exponent_of_a_power_is_the_power(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    scaling = _module(ROOT / "benchmarks" / "scaling.py")
+    points = [{"x": x, "median_ms": 3 * x**1.5} for x in (1, 2, 8, 32)]
+    assert scaling.exponent(points) == 1.5
+    assert scaling.exponent(points[:1]) is None
+
+
+def test_every_benchmark_has_a_test() -> None:
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("[a-z]*.py")}
+    # These two have no --quick: they are about full size, and about images that are large.
+    assert scripts == {*IN_PROCESS, *WITH_CHILDREN, "full_size_training", "large_images"}
