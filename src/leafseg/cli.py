@@ -97,6 +97,17 @@ class Resume(StrEnum):
     auto = "auto"
 
 
+class PartKind(StrEnum):
+    full = "full"
+    compact = "compact"
+
+
+class CompactParts(StrEnum):
+    both = "both"
+    decoder = "decoder"
+    encoder = "encoder"
+
+
 StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Reverse steps; default: the model's own (1).")]
 TimestepsOption = Annotated[
     Timesteps | None,
@@ -105,6 +116,9 @@ TimestepsOption = Annotated[
 NoiseOption = Annotated[NoiseKind, typer.Option(help="Starting noise: gaussian (keyed per image) or zeros.")]
 SamplesOption = Annotated[int, typer.Option("--samples", min=1, help="Noise draws an image, averaged.")]
 PrecisionOption = Annotated[PrecisionKind, typer.Option(help="auto: bf16 where the hardware multiplies in it.")]
+
+DecoderOption = Annotated[PartKind, typer.Option(help="compact: the light mask decoder of `leafseg compact`.")]
+EncoderOption = Annotated[PartKind, typer.Option(help="compact: the light image encoder of `leafseg compact`.")]
 
 
 @app.command()
@@ -178,6 +192,8 @@ def evaluate(
     noise: NoiseOption = NoiseKind.gaussian,
     samples: SamplesOption = 1,
     precision: PrecisionOption = PrecisionKind.fp32,
+    decoder: DecoderOption = PartKind.full,
+    encoder: EncoderOption = PartKind.full,
     tolerance: Annotated[
         float, typer.Option(min=0, help="Of the surface Dice: in mm, or in pixels where their size is unknown.")
     ] = 2.0,
@@ -209,11 +225,14 @@ def evaluate(
         noise=noise.value,
         num_samples=samples,
         precision=precision.value,
+        decoder=decoder.value,
+        encoder=encoder.value,
     )
     part, result = _evaluated(
         segmenter, model, data, split, split_file=split_file, overrides=overrides, tolerance=tolerance
     )
     result.summary.update(precision=precision.value, noise=noise.value, samples=samples)
+    result.summary.update(decoder=decoder.value, encoder=encoder.value)
     pipeline = getattr(segmenter, "pipeline", None)  # an ensemble has several
     if pipeline is not None:
         result.summary["steps"] = steps or int(pipeline.config["num_inference_steps"])
@@ -355,6 +374,8 @@ def predict(
     noise: NoiseOption = NoiseKind.gaussian,
     samples: SamplesOption = 1,
     precision: PrecisionOption = PrecisionKind.fp32,
+    decoder: DecoderOption = PartKind.full,
+    encoder: EncoderOption = PartKind.full,
     probability: Annotated[bool, typer.Option(help="Also write the probability of each label.")] = False,
     overlay: Annotated[bool, typer.Option(help="Also write the image with the labels' outlines.")] = False,
     contours: Annotated[
@@ -376,6 +397,8 @@ def predict(
         noise=noise.value,
         num_samples=samples,
         precision=precision.value,
+        decoder=decoder.value,
+        encoder=encoder.value,
     )
     report = predict_files(
         segmenter,
@@ -450,6 +473,66 @@ def slim(
 
     slim_model(model, out, dtype=dtype.value, decoder_only=decoder_only)
     print(f"{out}: {folder_bytes(out) / 1e6:.1f} MB in {dtype.value}" + (", decoder only" if decoder_only else ""))
+
+
+@app.command()
+def compact(
+    model: Annotated[str, typer.Argument(help="A run, a pipeline folder, or a hub id; it is only read.")],
+    images: Annotated[Path, typer.Option(help="Folder of images without masks, like those to be segmented.")],
+    out: Annotated[Path, typer.Option(help="Folder for the trainings, and for the model with compact parts.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Labelled data whose masks the decoder learns from, besides synthetic ones.")
+    ] = None,
+    parts: Annotated[CompactParts, typer.Option(help="What is distilled.")] = CompactParts.both,
+    bar: Annotated[float, typer.Option(help="Mean Dice with the full model's masks below which none is written.")] = 0.995,
+    steps: Annotated[int | None, typer.Option(min=1, help="Budget of each part in optimizer steps.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="Budget in minutes; of both parts, a third is the decoder's.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    resume: Annotated[Resume, typer.Option(help="auto: continue what has begun.")] = Resume.no,
+    stop_after: Annotated[int | None, typer.Option(min=1, help="Save and stop after this step; resume later.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """A light mask decoder and a light image encoder, beside the full ones in a new model, if their masks agree."""
+    from leafseg.compact import PARTS, run_compact
+    from leafseg.config import load_compact_settings
+
+    if steps is not None and minutes is not None:
+        raise ConfigError("--steps and --minutes are both given; give one of them")
+    chosen = PARTS if parts is CompactParts.both else (parts.value,)
+    shares = {"decoder": 1 / 3, "encoder": 2 / 3} if len(chosen) == 2 else dict.fromkeys(chosen, 1.0)
+    dotted = list(overrides or [])
+    for part in chosen:
+        given = {"steps": steps, "seed": seed, "minutes": None if minutes is None else round(minutes * shares[part], 3)}
+        dotted += [f"{part}.training.{name}={value}" for name, value in given.items() if value is not None]
+    data_settings, run_split = _data_of_run(model, None)
+    result = run_compact(
+        model,
+        images,
+        out,
+        settings=load_compact_settings(overrides=dotted),
+        data=data,
+        parts=chosen,
+        bar=bar,
+        resume=resume is Resume.auto,
+        stop_after=stop_after,
+        data_settings=data_settings,
+        run_split=run_split,
+    )
+    if not is_main_process():
+        return
+    for part, trained in result.trained.items():
+        print(f"{part}: {trained.status} at step {trained.step} of {trained.total_steps}", end="")
+        print(f" in {trained.seconds / 60:.1f} minutes")
+    if result.model is None:
+        print(f"continue with --resume auto --out {out}")
+        return
+    for name, figures in result.agreement.items():
+        print(f"compact {name}: {_figure('mask Dice with the full model', figures['dice'])}, worst ", end="")
+        print(f"{figures['worst'][1]:.4f} ({figures['worst'][0]}); {figures['images']} held-out images, ", end="")
+        print(f"{figures['both_empty']} of them empty in both")
+    print(f"model: {result.model}; use it with --decoder compact --encoder compact")
 
 
 @app.command("train-autoencoder")

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from leafseg.config import Noise, PreprocessingSettings, TimestepSpacing
+from leafseg.config import Noise, PartChoice, PreprocessingSettings, TimestepSpacing
 from leafseg.data.dicom import DicomSeries, find_series, holds_image, holds_slices, is_dicom, separate_slices
 from leafseg.data.images import (
     DICOM_SUFFIXES,
@@ -130,6 +130,8 @@ class PipelineSegmenter:
         noise: Noise = "gaussian",
         num_samples: int = 1,
         autocast: Callable[[], AbstractContextManager[Any]] | None = None,
+        decoder: PartChoice | None = None,
+        encoder: PartChoice | None = None,
     ) -> None:
         self.pipeline = pipeline
         self._arguments: dict[str, Any] = {
@@ -137,6 +139,8 @@ class PipelineSegmenter:
             "timesteps": timesteps,
             "noise": noise,
             "num_samples": num_samples,
+            "decoder": decoder,
+            "encoder": encoder,
         }
         self._autocast = autocast or nullcontext
 
@@ -214,6 +218,8 @@ def load_segmenter(
     num_samples: int = 1,
     precision: Precision = "fp32",
     device: str | None = None,
+    decoder: PartChoice = "full",
+    encoder: PartChoice = "full",
 ) -> PipelineSegmenter:
     """A run, pipeline folder or hub id, ready to segment.
 
@@ -223,18 +229,21 @@ def load_segmenter(
         noise, num_samples: see :class:`leafseg.pipeline.LeafPipeline`.
         precision: fp32, or autocast to bf16 / fp16; auto takes bf16 where the hardware multiplies in it.
         device: ``cpu`` or ``cuda``; default: cuda if there is one (never tried: no such device was at hand).
+        decoder, encoder: ``compact`` uses the model's compact part (``leafseg compact``).
 
     Raises:
-        CheckpointError: if the model cannot be loaded, or has no such number of steps.
+        CheckpointError: if the model cannot be loaded, has no such number of steps, or lacks a compact part that is
+            asked for.
     """
-    pipeline = LeafPipeline.from_pretrained(model)
+    pipeline = LeafPipeline.from_pretrained(model, decoder=decoder, encoder=encoder)
     limit = int(pipeline.scheduler.config["num_train_timesteps"])
     if num_inference_steps is not None and not 1 <= num_inference_steps <= limit:
         raise CheckpointError(f"{model}: --steps is {num_inference_steps}; the model's schedule has 1..{limit}")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pipeline.to(place)
-    for part in (pipeline.unet, pipeline.vae, pipeline.image_encoder):
-        part.to(memory_format=torch.channels_last)  # about twice as fast for convolutions on a CPU
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.to(memory_format=torch.channels_last)  # about twice as fast for convolutions on a CPU
     if precision == "auto":
         supported = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         precision = "bf16" if supported else "fp32"
