@@ -484,7 +484,9 @@ def compact(
         Path | None, typer.Option(help="Labelled data whose masks the decoder learns from, besides synthetic ones.")
     ] = None,
     parts: Annotated[CompactParts, typer.Option(help="What is distilled.")] = CompactParts.both,
-    bar: Annotated[float, typer.Option(help="Mean Dice with the full model's masks below which none is written.")] = 0.995,
+    bar: Annotated[
+        float, typer.Option(help="Mean Dice with the full model's masks below which none is written.")
+    ] = 0.995,
     steps: Annotated[int | None, typer.Option(min=1, help="Budget of each part in optimizer steps.")] = None,
     minutes: Annotated[
         float | None, typer.Option(min=0.01, help="Budget in minutes; of both parts, a third is the decoder's.")

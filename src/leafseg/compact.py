@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 
 from leafseg.config import CompactSettings, DataSettings, PartChoice
 from leafseg.data.manifest import Manifest, load_manifest
@@ -79,8 +78,8 @@ def run_compact(
     Args:
         model: a run, a pipeline folder, or a hub id.
         images: a folder of images (``images/`` below a data folder), or a CSV manifest; masks are not looked at.
-        out: ``decoder/`` and ``encoder/`` hold the trainings, ``pipeline/`` the new model, ``agreement.json`` how far it
-            agrees.
+        out: ``decoder/`` and ``encoder/`` hold the trainings, ``pipeline/`` the new model, ``agreement.json`` how far
+            it agrees.
         settings: how.
         data: labelled data whose train part's masks the decoder learns from, besides synthetic ones.
         parts: what is distilled, in this order whatever the given one.
@@ -100,7 +99,9 @@ def run_compact(
         raise ConfigError(f"--bar is {bar}; the Dice that is asked for lies above 0, up to 1")
     done = out / PIPELINE_FOLDER
     if not resume and (done.exists() or any(is_run(out / part) for part in PARTS)):
-        raise ConfigError(f"{out}: already holds a distillation; continue it with --resume auto or choose another --out")
+        raise ConfigError(
+            f"{out}: already holds a distillation; continue it with --resume auto or choose another --out"
+        )
     if is_ensemble(Path(model)):
         raise CheckpointError(f"{model}: is an ensemble; distil its models one by one")
     if is_run(out):
@@ -118,6 +119,11 @@ def run_compact(
     reading = (data_settings or DataSettings()).model_copy(update={"preprocessing": pipeline.preprocessor.settings})
     # Masks that may lie beside the images are nobody's business here.
     folder = images / "images" if (images / "images").is_dir() else images
+    if "decoder" in parts and not pipeline.mask_code.grey:
+        raise ConfigError(
+            f"{model}: its mask code {pipeline.mask_code.name!r} reads colours, and a compact decoder draws in grey; "
+            "distil the image encoder alone with --parts encoder"
+        )
     listed = load_manifest(folder, settings=reading, run_split=run_split, require_masks=False)
     held_out = listed.part("test")
     if not len(held_out):
@@ -133,7 +139,7 @@ def run_compact(
         masks = None
         if data is not None:
             masks = load_manifest(data, settings=reading, run_split=run_split)
-        decoding = DecoderDistillationTask(pipeline, settings.decoder, masks=masks)
+        decoding = DecoderDistillationTask(pipeline.vae, pipeline.preprocessor, settings.decoder, masks=masks)
         trained["decoder"] = run_loop(
             decoding,
             settings.decoder.training,

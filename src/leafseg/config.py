@@ -451,7 +451,7 @@ class CompactDecoderSettings(SettingsModel):
         ema_decay=0.99,
         minutes=20,
         validations=5,
-        validation_samples=64,
+        validation_samples=32,
     )
 
     @model_validator(mode="after")
@@ -481,7 +481,9 @@ class CompactEncoderSettings(SettingsModel):
         1.0, ge=0, description="weight of what the U-Net makes of the latents, beside the latents themselves"
     )
     mask_weight: float = Field(0.5, ge=0, description="weight of Dice + cross-entropy of the mask that follows")
-    statistics_samples: int = Field(32, ge=1, description="training images that the latents' mean and sd are taken from")
+    statistics_samples: int = Field(
+        32, ge=1, description="training images that the latents' mean and sd are taken from"
+    )
     cache_mb: int = Field(1500, ge=0, description="decoded images kept in memory")
     training: TrainingSettings = TrainingSettings(
         batch_size=8,
@@ -492,7 +494,7 @@ class CompactEncoderSettings(SettingsModel):
         ema_decay=0.99,
         minutes=40,
         validations=5,
-        validation_samples=64,
+        validation_samples=32,
     )
 
     @model_validator(mode="after")
@@ -506,7 +508,9 @@ class CompactSettings(SettingsModel):
 
     decoder: CompactDecoderSettings = CompactDecoderSettings()
     encoder: CompactEncoderSettings = CompactEncoderSettings()
-    held_out: int = Field(200, ge=1, description="at most so many held-out images, evenly spaced, measure the agreement")
+    held_out: int = Field(
+        200, ge=1, description="at most so many held-out images, evenly spaced, measure the agreement"
+    )
 
 
 _TINY = {

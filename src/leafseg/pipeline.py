@@ -362,7 +362,9 @@ class LeafPipeline(DiffusionPipeline):
 
                 def predict(tiles: Tensor, crops: Tensor) -> Tensor:
                     """Mean over the draws: crops are ``[b, S, z, h, w]``."""
-                    draws = [self._predict(tiles, crops[:, k], visited=visited, parts=parts) for k in range(num_samples)]
+                    draws = [
+                        self._predict(tiles, crops[:, k], visited=visited, parts=parts) for k in range(num_samples)
+                    ]
                     return torch.stack(draws).mean(0)
 
                 with blended_on_disk(
@@ -608,9 +610,7 @@ def _check_folder(folder: Path) -> None:
             got = ".".join(map(str, named[key])) if key in named else "missing"
             raise CheckpointError(f"{index}: component {key} is {got}; only {wanted} is loaded")
     if extra:
-        raise CheckpointError(
-            f"{index}: unknown components {', '.join(extra)}; only {', '.join(known)} are loaded"
-        )
+        raise CheckpointError(f"{index}: unknown components {', '.join(extra)}; only {', '.join(known)} are loaded")
     stored = [key for key in COMPACT_PARTS if named.get(key, (None, None)) != (None, None)]
     for key in ("unet", "vae", "image_encoder", *stored):
         if not any((folder / key).glob("*.safetensors")):

@@ -475,9 +475,9 @@ class Look(Protocol):
 
 def _folder_rows(data: Path, *, require_masks: bool) -> tuple[list[_Row], list[Problem]]:
     folders = {"images": data / "images", "masks": data / "masks"}
-    if not require_masks and not any(folder.is_dir() for folder in folders.values()):
-        if any(image_suffix(path) for path in data.iterdir()):
-            folders["images"] = data  # a plain folder of images
+    plain = not require_masks and not any(folder.is_dir() for folder in folders.values())
+    if plain and any(image_suffix(path) for path in data.iterdir()):
+        folders["images"] = data
     required = ("images", "masks") if require_masks else ("images",)
     missing = [f"{name}/" for name in required if not folders[name].is_dir()]
     if missing:

@@ -82,7 +82,9 @@ def _summary(dice: np.ndarray[Any, Any], names: Sequence[str], samples: Sequence
         dice=None if interval is None else asdict(interval),
         worst=None if lowest is None else (chosen[lowest].name, means[lowest]),
         classes={
-            name: float(dice[holds[:, index], index].mean()) for index, name in enumerate(names) if holds[:, index].any()
+            name: float(dice[holds[:, index], index].mean())
+            for index, name in enumerate(names)
+            if holds[:, index].any()
         },
         images=len(samples),
         both_empty=int((~shown).sum()),

@@ -7,6 +7,10 @@ they stand in for (``leafseg compact``), and are valid for the model that they w
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention_processor import Attention
@@ -58,10 +62,23 @@ class CompactMaskDecoder(ModelMixin, ConfigMixin):
         self.up = nn.Sequential(
             *(
                 nn.Sequential(nn.Conv2d(wide, 4 * narrow, 3, padding=1), nn.PixelShuffle(2), _Block(narrow))
-                for wide, narrow in zip(widths, widths[1:], strict=False)
+                for wide, narrow in pairwise(widths)
             )
         )
         self.draw = nn.Sequential(nn.Conv2d(widths[-1], 4, 3, padding=1), nn.PixelShuffle(2))
+
+    @classmethod
+    def for_autoencoder(
+        cls, config: Mapping[str, Any], *, width: int | None = None, blocks: int = 4
+    ) -> CompactMaskDecoder:
+        """With random weights, for the masks of an autoencoder of this config; its width follows from it by default."""
+        widths = config["block_out_channels"]
+        return cls(
+            latent_channels=int(config["latent_channels"]),
+            width=width or max(64, int(widths[-1]) // 4),
+            blocks=blocks,
+            upsamplings=len(widths) - 1,
+        )
 
     def forward(self, latent: Tensor) -> Tensor:
         """Grey values ``[B, 1, H, W]``, about -1..1, of latents ``[B, z, h, w]`` as the U-Net predicts them."""
@@ -118,14 +135,34 @@ class CompactImageEncoder(ModelMixin, ConfigMixin):
         self.down = nn.Conv2d(half, width, 3, stride=2, padding=1)
         self.body = nn.Sequential(*(_Block(width) for _ in range(blocks)))
         self.attend = (
-            Attention(
-                width, heads=4, dim_head=width // 4, norm_num_groups=_GROUPS, bias=True, residual_connection=True
-            )
+            Attention(width, heads=4, dim_head=width // 4, norm_num_groups=_GROUPS, bias=True, residual_connection=True)
             if attention
             else None
         )
         self.leave = nn.Sequential(
             nn.GroupNorm(_GROUPS, width), nn.SiLU(), nn.Conv2d(width, latent_channels, 3, padding=1)
+        )
+
+    @classmethod
+    def for_encoder(
+        cls,
+        config: Mapping[str, Any],
+        *,
+        width: int | None = None,
+        blocks: int = 4,
+        latent_mean: Sequence[float] | None = None,
+        latent_std: Sequence[float] | None = None,
+    ) -> CompactImageEncoder:
+        """With random weights, for an image encoder of this config; its width follows from it by default."""
+        widths, channels = config["block_out_channels"], int(config["latent_channels"])
+        return cls(
+            latent_channels=channels,
+            width=width or max(64, int(widths[-1]) // 2),
+            blocks=blocks,
+            downsamplings=len(widths) - 1,
+            attention=bool(config["mid_block_add_attention"]),
+            latent_mean=tuple(latent_mean or [0.0] * channels),
+            latent_std=tuple(latent_std or [1.0] * channels),
         )
 
     def forward(self, images: Tensor) -> Tensor:

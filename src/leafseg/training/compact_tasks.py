@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -17,12 +18,12 @@ from leafseg import rng
 from leafseg.config import CompactDecoderSettings, CompactEncoderSettings
 from leafseg.data.dataset import SegmentationDataset
 from leafseg.data.manifest import Manifest
+from leafseg.data.transforms import Preprocessor
 from leafseg.errors import CheckpointError, ConfigError, DataError
 from leafseg.evaluation.metrics import symmetric_dice
 from leafseg.mask_code import BinaryMaskCode
 from leafseg.model.autoencoder import DECODER_ONLY, MaskDecoder, decode_pictures, encode_pictures
 from leafseg.model.compact import CompactImageEncoder, CompactMaskDecoder
-from leafseg.model.image_encoder import ImageEncoder
 from leafseg.objective import latent_loss, pixel_loss, predicted_sample
 from leafseg.pipeline import LeafPipeline
 from leafseg.training.autoencoder_task import one_class, synthetic_mask
@@ -32,6 +33,7 @@ _LARGEST_DEFAULT_CROP = 128
 _EPOCH_OF_SYNTHETIC_MASKS = 10_000  # they never repeat; an epoch is only a word there
 _BLURRED, _BLENDED = 0.5, 0.25
 _STATISTICS_BATCH = 4
+_MASK_CACHE_MB = 512
 
 
 class MaskPictures(Dataset[dict[str, Any]]):
@@ -86,13 +88,14 @@ class DecoderDistillationTask:
     cross-entropy against the mask that the full decoder's picture stands for.
 
     Args:
-        pipeline: the model; its autoencoder is the teacher.
+        autoencoder: the teacher.
+        preprocessor: brings masks to the grid that the model works on.
         settings: how.
         masks: labelled samples whose train part is learned from; None takes synthetic masks alone.
 
     Raises:
-        CheckpointError: if the model holds its autoencoder's decoder alone.
-        ConfigError: if the mask code reads colours, or crops do not fit.
+        CheckpointError: if the autoencoder is its decoder alone.
+        ConfigError: if crops do not fit.
         DataError: if no mask falls into the train part.
     """
 
@@ -100,31 +103,27 @@ class DecoderDistillationTask:
     pipeline_folder = "compact_decoder"
 
     def __init__(
-        self, pipeline: LeafPipeline, settings: CompactDecoderSettings, *, masks: Manifest | None = None
+        self,
+        autoencoder: AutoencoderKL | MaskDecoder,
+        preprocessor: Preprocessor,
+        settings: CompactDecoderSettings,
+        *,
+        masks: Manifest | None = None,
     ) -> None:
-        self.settings, self._vae = settings, pipeline.vae
-        if isinstance(pipeline.vae, MaskDecoder):
-            raise CheckpointError(f"the model {DECODER_ONLY}; or distil the encoder alone with --parts encoder")
-        if not pipeline.mask_code.grey:
-            raise ConfigError(
-                f"the mask code {pipeline.mask_code.name!r} reads colours, and a compact decoder draws in grey; distil "
-                "the encoder alone with --parts encoder"
-            )
-        config = pipeline.vae.config
-        upsamplings = len(config["block_out_channels"]) - 1
-        size = min(pipeline.preprocessor.settings.size)
+        if isinstance(autoencoder, MaskDecoder):
+            raise CheckpointError(f"the model {DECODER_ONLY}, or distil the image encoder alone (--parts encoder)")
+        self.settings, self._vae = settings, autoencoder.requires_grad_(False).eval()
+        stride = 2 ** (len(autoencoder.config["block_out_channels"]) - 1)
+        size = min(preprocessor.settings.size)
         crop = settings.crop or min(size, _LARGEST_DEFAULT_CROP)
-        if crop % 2**upsamplings or crop > size:
+        if crop % stride or crop > size:
             raise ConfigError(
-                f"decoder.crop is {crop}; it must be a multiple of {2**upsamplings}, at most the model's size ({size})"
+                f"decoder.crop is {crop}; it must be a multiple of {stride}, at most the model's size ({size})"
             )
         seed = settings.training.seed
         torch.manual_seed(rng.torch_seed(seed, "initial-weights", 0))
-        self.decoder = CompactMaskDecoder(
-            latent_channels=int(config["latent_channels"]),
-            width=settings.width or max(64, int(config["block_out_channels"][-1]) // 4),
-            blocks=settings.blocks,
-            upsamplings=upsamplings,
+        self.decoder = CompactMaskDecoder.for_autoencoder(
+            autoencoder.config, width=settings.width, blocks=settings.blocks
         )
         self.module: nn.Module = self.decoder
         parts: dict[str, SegmentationDataset | None] = {"train": None, "validation": None}
@@ -138,7 +137,7 @@ class DecoderDistillationTask:
                 chosen = masks.part(name)
                 if len(chosen):
                     parts[name] = SegmentationDataset(
-                        chosen, pipeline.preprocessor, augmentation=None, seed=seed, cache_mb=512
+                        chosen, preprocessor, augmentation=None, seed=seed, cache_mb=_MASK_CACHE_MB
                     )
 
         def pictures(name: str) -> MaskPictures:
@@ -248,16 +247,13 @@ class EncoderDistillationTask:
         pipeline.unet.requires_grad_(False).eval()
         pipeline.image_encoder.requires_grad_(False).eval()
         mean, std = self._latent_statistics(dataset("train", augmented=False))
-        teacher: ImageEncoder = pipeline.image_encoder
         torch.manual_seed(rng.torch_seed(seed, "initial-weights", 0))
-        self.encoder = CompactImageEncoder(
-            latent_channels=int(teacher.config["latent_channels"]),
-            width=settings.width or max(64, int(teacher.config["block_out_channels"][-1]) // 2),
+        self.encoder = CompactImageEncoder.for_encoder(
+            pipeline.image_encoder.config,
+            width=settings.width,
             blocks=settings.blocks,
-            downsamplings=len(teacher.config["block_out_channels"]) - 1,
-            attention=bool(teacher.config["mid_block_add_attention"]),
-            latent_mean=tuple(mean),
-            latent_std=tuple(std),
+            latent_mean=mean,
+            latent_std=std,
         )
         self.module: nn.Module = self.encoder
         self._std = torch.tensor(std)[:, None, None]
