@@ -111,6 +111,7 @@ def distil_decoder(data: list[Path], out: Path, minutes: float, masks: int) -> N
         sys.exit(f"{result.status} at step {result.step} of {result.total_steps}: continue with the same command")
     compact = CompactMaskDecoder.from_pretrained(result.checkpoint / task.pipeline_folder).eval()
 
+    trained = json.loads((run / "run.json").read_text())["record"]
     sets, took = {}, []
     for folder in data:
         manifest = load_manifest(folder, settings=DataSettings())
@@ -159,8 +160,11 @@ def distil_decoder(data: list[Path], out: Path, minutes: float, masks: int) -> N
     store(
         {
             "unit": "decoder",
-            "command": command("decoder", data, minutes),
-            "autoencoder": json.loads((run / "run.json").read_text())["record"],
+            "commands": [
+                command("autoencoder", data, trained["calibration"]["minutes"]),
+                command("decoder", data, minutes),
+            ],
+            "autoencoder": trained,
             "autoencoder_steps": checkpoint_steps(run)[-1],
             "settings": record["settings"],
             "seed": settings.training.seed,
@@ -307,14 +311,14 @@ def decoder_section(record: dict[str, Any] | None) -> list[str]:
     if record is None:
         return [*text, "Not run yet.", ""]
     text += [
-        f"An AutoencoderKL with kl-f8's layout, from random weights, was trained for {record['autoencoder_steps']} steps",
-        f"on crops of {record['crop']} px; a compact decoder was then distilled from it in {record['steps']} steps on",
-        f"crops of {record['crop']} px of synthetic masks alone. Below: real masks of the test parts at",
-        f"{record['size']} px, which neither training saw, through both decoders; empty masks are left out. Written by:",
+        "An AutoencoderKL with kl-f8's layout, from random weights, was trained for",
+        f"{record['autoencoder_steps']} steps on crops of {record['crop']} px; a compact decoder was then distilled",
+        f"from it in {record['steps']} steps on crops of {record['crop']} px of synthetic masks alone. Below: real",
+        f"masks of the test parts at {record['size']} px, which neither training saw, through both decoders; empty",
+        "masks are left out. Written by:",
         "",
         "```",
-        record["command"].replace(" decoder ", " autoencoder ", 1),
-        record["command"],
+        *record["commands"],
         "```",
         "",
         "| masks | n (empty left out) | autoencoder's own Dice | noise | agreement of the decoders | worst mask |",
@@ -332,10 +336,10 @@ def decoder_section(record: dict[str, Any] | None) -> list[str]:
         *text,
         "",
         "Agreement: mean Dice of the compact decoder's mask with the full one's, 95 % bootstrap intervals over masks;",
-        "the noise is Gaussian, on latents whose values have a standard deviation of about 1. In the same run the full",
-        f"decoder took {record['full_over_compact_seconds']} times as long (median, fp32). The target of {TARGET} without",
-        f"noise is {verdict} (lowest set {lowest:.4f}). {record['hardware']}, torch {record['versions']['torch']}, commit",
-        f"{record['commit'][:7]}.",
+        "the noise is Gaussian, on latents whose values have a standard deviation of about 1. In the same run the",
+        f"full decoder took {record['full_over_compact_seconds']} times as long (median, fp32). The target of {TARGET}",
+        f"without noise is {verdict} (lowest set {lowest:.4f}). {record['hardware']},",
+        f"torch {record['versions']['torch']}, commit {record['commit'][:7]}.",
         "",
     ]
 
@@ -378,7 +382,7 @@ def page() -> None:
         "# Compact parts: what they cost, and how far they agree",
         "",
         "`leafseg compact` distils a light mask decoder and a light image encoder ([how to](../compact.md)).",
-        "Written by `experiments/compact.py` from the records in `runs.jsonl`; the newest record of each kind is shown.",
+        "Written by `experiments/compact.py` from the records in `runs.jsonl`; the newest of each kind is shown.",
         "",
         "## Work: GFLOPs an image (parameters)",
         "",

@@ -502,7 +502,7 @@ def compact(
 
     if steps is not None and minutes is not None:
         raise ConfigError("--steps and --minutes are both given; give one of them")
-    chosen = PARTS if parts is CompactParts.both else (parts.value,)
+    chosen = [part for part in PARTS if parts in (CompactParts.both, part)]
     shares = {"decoder": 1 / 3, "encoder": 2 / 3} if len(chosen) == 2 else dict.fromkeys(chosen, 1.0)
     dotted = list(overrides or [])
     for part in chosen:
@@ -524,8 +524,8 @@ def compact(
     )
     if not is_main_process():
         return
-    for part, trained in result.trained.items():
-        print(f"{part}: {trained.status} at step {trained.step} of {trained.total_steps}", end="")
+    for name, trained in result.trained.items():
+        print(f"{name}: {trained.status} at step {trained.step} of {trained.total_steps}", end="")
         print(f" in {trained.seconds / 60:.1f} minutes")
     if result.model is None:
         print(f"continue with --resume auto --out {out}")

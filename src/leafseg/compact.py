@@ -117,8 +117,9 @@ def run_compact(
             raise ConfigError(f"{out}: was distilled from another model than {model}; choose another --out")
         return CompactResult(done, dict(stored["agreement"]), {})
     reading = (data_settings or DataSettings()).model_copy(update={"preprocessing": pipeline.preprocessor.settings})
-    # Masks that may lie beside the images are nobody's business here.
-    folder = images / "images" if (images / "images").is_dir() else images
+    # Masks that may lie beside the images are nobody's business here; a manifest is, for the groups that it names.
+    plain = (images / "images").is_dir() and not (images / "manifest.csv").is_file()
+    folder = images / "images" if plain else images
     if "decoder" in parts and not pipeline.mask_code.grey:
         raise ConfigError(
             f"{model}: its mask code {pipeline.mask_code.name!r} reads colours, and a compact decoder draws in grey; "

@@ -699,13 +699,12 @@ def load_compact_settings(*, overrides: Iterable[str] = ()) -> CompactSettings:
 
 def _merge_parts(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Merged, and in each part one budget replaces the other."""
-    parts = [[layer.get(name) for layer in layers] for name in ("decoder", "encoder")]
-    merged = {
-        name: _merged(values)
-        for name, values in zip(("decoder", "encoder"), parts, strict=True)
-        if all(isinstance(value, Mapping) for value in values)
-    }
-    return {**_merged(layers), **merged}
+    merged = _merged(layers)
+    for name in ("decoder", "encoder"):
+        parts = [layer.get(name, {}) for layer in layers]
+        if all(isinstance(part, Mapping) for part in parts):
+            merged[name] = _merged(parts)
+    return merged
 
 
 def override_settings(settings: Settings, overrides: Iterable[str]) -> Settings:

@@ -590,7 +590,10 @@ def _check_folder(folder: Path) -> None:
     try:
         content = json.loads(index.read_text())
         version = int(content.get("format_version", FORMAT_VERSION))
-        known = {**_ALLOWED_CLASSES, **{key: {(None, None), pair} for key, pair in COMPACT_PARTS.items()}}
+        known: dict[str, set[tuple[Any, ...]]] = {
+            **_ALLOWED_CLASSES,
+            **{key: {(None, None), pair} for key, pair in COMPACT_PARTS.items()},
+        }
         named = {key: tuple(value) for key, value in content.items() if key in known}
         extra = [k for k, v in content.items() if k not in known and not k.startswith("_") and _is_class(v)]
         name = content.get("_class_name")

@@ -241,8 +241,9 @@ def load_segmenter(
         raise CheckpointError(f"{model}: --steps is {num_inference_steps}; the model's schedule has 1..{limit}")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pipeline.to(place)
-    for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
+    parts = (pipeline.unet, pipeline.vae, pipeline.image_encoder, pipeline.compact_decoder, pipeline.compact_encoder)
+    for part in parts:
+        if part is not None:
             part.to(memory_format=torch.channels_last)  # about twice as fast for convolutions on a CPU
     if precision == "auto":
         supported = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from leafseg import rng
-from leafseg.config import CompactDecoderSettings, CompactEncoderSettings
+from leafseg.config import CompactDecoderSettings, CompactEncoderSettings, PartChoice
 from leafseg.data.dataset import SegmentationDataset
 from leafseg.data.manifest import Manifest
 from leafseg.data.transforms import Preprocessor
@@ -259,7 +259,7 @@ class EncoderDistillationTask:
         self._std = torch.tensor(std)[:, None, None]
         self._terminal = int(pipeline.scheduler.config["num_train_timesteps"]) - 1
         self._alpha_bar = float(pipeline.scheduler.alphas_cumprod[-1])
-        self._decoder = "compact" if pipeline.compact_decoder is not None else "full"
+        self._decoder: PartChoice = "compact" if pipeline.compact_decoder is not None else "full"
         self._autocast: Autocast | None = None
         self._device = torch.device("cpu")
 
@@ -279,8 +279,9 @@ class EncoderDistillationTask:
     def prepare(self, device: torch.device, autocast: Autocast, run: Path) -> None:
         self._device, self._autocast = device, autocast
         self._std = self._std.to(device)
-        for part in self._pipeline.components.values():
-            if isinstance(part, nn.Module):
+        pipe = self._pipeline
+        for part in (pipe.unet, pipe.image_encoder, pipe.vae, pipe.compact_decoder):
+            if part is not None:
                 part.to(device, memory_format=torch.channels_last)
 
     def loss(self, forward: nn.Module, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
@@ -303,7 +304,9 @@ class EncoderDistillationTask:
                 code = self._pipeline.mask_code
                 with torch.no_grad():
                     probability = code.probability(self._pictures(wanted_prediction, noise))
-                    labels = code.labels(probability) if code.exclusive else code.mask(probability)
+                    labels = code.labels(probability)
+                    if labels is None:  # they overlap
+                        labels = code.mask(probability)
                 logits = code.logits(self._pictures(prediction, noise))
                 parts["mask"] = pixel_loss(logits, labels, exclusive=code.exclusive)
                 loss = loss + self.settings.mask_weight * parts["mask"]
