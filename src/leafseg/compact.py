@@ -115,6 +115,12 @@ def run_compact(
         stored = read_json(out / AGREEMENT_FILE)
         if stored.get("model_sha256") != fingerprint:
             raise ConfigError(f"{out}: was distilled from another model than {model}; choose another --out")
+        lowest = min(figures["dice"]["mean"] for figures in stored["agreement"].values())
+        if lowest < bar:
+            raise CheckpointError(
+                f"{done}: was written with --bar {stored['bar']:g} and agrees to a mean Dice of {lowest:.4f}, below "
+                f"--bar {bar:g}; distil longer into another --out"
+            )
         return CompactResult(done, dict(stored["agreement"]), {})
     reading = (data_settings or DataSettings()).model_copy(update={"preprocessing": pipeline.preprocessor.settings})
     # Masks that may lie beside the images are nobody's business here; a manifest is, for the groups that it names.
@@ -218,6 +224,7 @@ def _measure(pipeline: LeafPipeline, held_out: Manifest, most: int) -> dict[str,
         others["encoder"] = segmenter("full", "compact")
     if len(others) == 2:
         others["decoder+encoder"] = segmenter("compact", "compact")
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")  # each training moved the parts that it needed
     count = min(most, len(held_out))
     chosen = [held_out.samples[i * len(held_out) // count] for i in range(count)]
     return measure_agreement(segmenter("full", "full"), others, chosen)

@@ -161,6 +161,7 @@ def test_below_the_bar_no_model_is_written_and_a_lower_bar_needs_no_new_training
     assert json.loads((tmp_path / "out" / "agreement.json").read_text())["agreement"] == stored["agreement"]
     assert "compact decoder+encoder: mask Dice with the full model" in ended.stdout
     assert f"model: {tmp_path / 'out' / 'pipeline'}" in ended.stdout
+    assert "was written with --bar 1e-09" in cli(*arguments, "--bar", 0.9999, "--resume", "auto").error
     again = cli(*arguments, "--bar", 1e-9, "--resume", "auto")
     assert again.stdout.splitlines() == ended.stdout.splitlines()[-4:]
 

@@ -159,24 +159,22 @@ class DecoderDistillationTask:
         self._vae.to(device, memory_format=torch.channels_last)
 
     def loss(self, forward: nn.Module, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-        latent, wanted = self._latent_and_picture(batch["picture"], batch["position"].tolist(), seed)
+        draws = [rng.generator(seed, "compact-disturbance", position) for position in batch["position"].tolist()]
+        latent, wanted = self._latent_and_picture(batch["picture"], draws)
         drawn = forward(latent.to(memory_format=torch.channels_last)).float()
         grey = (drawn - wanted).abs().mean()
         shape = pixel_loss(self._code.logits(drawn.expand(-1, 3, -1, -1)), (wanted[:, 0] > 0).long())
         return {"loss": grey + self.settings.shape_weight * shape, "grey": grey, "shape": shape}
 
     @torch.no_grad()
-    def _latent_and_picture(self, pictures: Tensor, positions: list[int], seed: int) -> tuple[Tensor, Tensor]:
+    def _latent_and_picture(self, pictures: Tensor, draws: list[np.random.Generator]) -> tuple[Tensor, Tensor]:
         """Disturbed mask latents ``[B, z, h, w]``, and the grey values ``[B, 1, H, W]`` that the full decoder draws."""
         if self._autocast is None:
             raise RuntimeError("prepare() was not called")
         with self._autocast():
             latent = encode_pictures(self._vae, pictures.to(memory_format=torch.channels_last)).float()
-        disturbed = [
-            one + _disturbance(one, self.settings.noise, rng.generator(seed, "compact-noise", position))
-            for one, position in zip(latent, positions, strict=True)
-        ]
-        latent = torch.stack(disturbed)
+        pairs = zip(latent, draws, strict=True)
+        latent = torch.stack([one + _disturbance(one, self.settings.noise, own) for one, own in pairs])
         with self._autocast():
             return latent, decode_pictures(self._vae, latent).float().mean(1, keepdim=True)
 
@@ -186,8 +184,8 @@ class DecoderDistillationTask:
         for index in range(rank, limit, world_size):
             entry = index % len(self._validation)
             picture = self._validation[index, entry]["picture"][None].to(self._device)
-            # Another stream of noise than training's: no seed of a user is negative.
-            latent, wanted = self._latent_and_picture(picture, [index], -1)
+            draws = rng.generator(self.settings.training.seed, "compact-disturbance-validation", index)
+            latent, wanted = self._latent_and_picture(picture, [draws])
             if self._autocast is None:
                 raise RuntimeError("prepare() was not called")
             with self._autocast():
@@ -292,7 +290,7 @@ class EncoderDistillationTask:
         parts = {"latent": ((latent - wanted).abs() / self._std).mean()}
         loss = parts["latent"]
         if self.settings.prediction_weight or self.settings.mask_weight:
-            noise = self._noise(batch["position"].tolist(), wanted.shape[2:], seed)
+            noise = self._noise(batch["position"].tolist(), wanted.shape[2:], seed, "compact-noise")
             with self._autocasting():
                 prediction = self._prediction(latent, noise)
                 with torch.no_grad():
@@ -312,9 +310,9 @@ class EncoderDistillationTask:
                 loss = loss + self.settings.mask_weight * parts["mask"]
         return {"loss": loss, **parts}
 
-    def _noise(self, positions: list[int], cells: torch.Size, seed: int) -> Tensor:
+    def _noise(self, positions: list[int], cells: torch.Size, seed: int, stream: str) -> Tensor:
         shape = (int(self._pipeline.unet.config["out_channels"]), *cells)
-        draws = [rng.normal(seed, "compact-terminal-noise", position, shape) for position in positions]
+        draws = [rng.normal(seed, stream, position, shape) for position in positions]
         return torch.from_numpy(np.stack(draws)).to(self._device)
 
     def _prediction(self, latent: Tensor, noise: Tensor) -> Tensor:
@@ -333,7 +331,8 @@ class EncoderDistillationTask:
         rows: list[Mapping[str, Any]] = []
         for index in [i * size // count for i in range(count)][rank::world_size]:
             images = self._validation[index, index]["image"][None].to(self._device) * 2 - 1
-            noise = self._noise([index], torch.Size(s // self._stride for s in images.shape[2:]), -1)
+            cells = torch.Size(side // self._stride for side in images.shape[2:])
+            noise = self._noise([index], cells, self.settings.training.seed, "compact-noise-validation")
             masks = []
             for encode in (self.encoder, self._pipeline.encode_images):
                 with self._autocasting():
