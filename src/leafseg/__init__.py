@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from leafseg.data.manifest import load_manifest
     from leafseg.mask_code import MaskCode
     from leafseg.model.autoencoder import MaskDecoder
+    from leafseg.model.compact import CompactImageEncoder, CompactMaskDecoder
     from leafseg.model.image_encoder import ImageEncoder
     from leafseg.model.unet import MaskUNet
     from leafseg.pipeline import LeafOutput, LeafPipeline
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "CompactImageEncoder",
+    "CompactMaskDecoder",
     "ImageEncoder",
     "LeafOutput",
     "LeafPipeline",
@@ -36,6 +39,8 @@ __all__ = [
 # Saved pipelines name their classes as members of this package: a class may move to another module, but its name here
 # stays.
 _HOMES = {
+    "CompactImageEncoder": "leafseg.model.compact",
+    "CompactMaskDecoder": "leafseg.model.compact",
     "ImageEncoder": "leafseg.model.image_encoder",
     "LeafOutput": "leafseg.pipeline",
     "LeafPipeline": "leafseg.pipeline",

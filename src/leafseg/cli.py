@@ -115,6 +115,17 @@ class Resume(StrEnum):
     auto = "auto"
 
 
+class PartKind(StrEnum):
+    full = "full"
+    compact = "compact"
+
+
+class CompactParts(StrEnum):
+    both = "both"
+    decoder = "decoder"
+    encoder = "encoder"
+
+
 StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Reverse steps; default: the model's own (1).")]
 TimestepsOption = Annotated[
     Timesteps | None,
@@ -129,6 +140,9 @@ FastOption = Annotated[
     bool, typer.Option("--fast", help="Compute in the arrangement that `leafseg benchmark` stored for this machine.")
 ]
 PrecisionOption = Annotated[PrecisionKind, typer.Option(help="auto: bf16 where the hardware multiplies in it.")]
+
+DecoderOption = Annotated[PartKind, typer.Option(help="compact: the light mask decoder of `leafseg compact`.")]
+EncoderOption = Annotated[PartKind, typer.Option(help="compact: the light image encoder of `leafseg compact`.")]
 
 
 @app.command()
@@ -206,6 +220,8 @@ def evaluate(
     samples: SamplesOption = 1,
     precision: PrecisionOption = PrecisionKind.fp32,
     fast: FastOption = False,
+    decoder: DecoderOption = PartKind.full,
+    encoder: EncoderOption = PartKind.full,
     tolerance: Annotated[
         float, typer.Option(min=0, help="Of the surface Dice: in mm, or in pixels where their size is unknown.")
     ] = 2.0,
@@ -239,11 +255,14 @@ def evaluate(
         num_samples=samples,
         precision=precision.value,
         fast=fast,
+        decoder=decoder.value,
+        encoder=encoder.value,
     )
     part, result = _evaluated(
         segmenter, model, data, split, split_file=split_file, overrides=overrides, tolerance=tolerance
     )
     result.summary.update(precision=precision.value, samples=samples)
+    result.summary.update(decoder=decoder.value, encoder=encoder.value)
     stored = getattr(segmenter, "precision", None)  # an exported model's own, whatever the option says
     if stored is not None:
         result.summary["precision"] = stored
@@ -405,6 +424,8 @@ def predict(
     samples: SamplesOption = 1,
     precision: PrecisionOption = PrecisionKind.fp32,
     fast: FastOption = False,
+    decoder: DecoderOption = PartKind.full,
+    encoder: EncoderOption = PartKind.full,
     probability: Annotated[bool, typer.Option(help="Also write the probability of each label.")] = False,
     overlay: Annotated[bool, typer.Option(help="Also write the image with the labels' outlines.")] = False,
     contours: Annotated[
@@ -427,6 +448,8 @@ def predict(
         num_samples=samples,
         precision=precision.value,
         fast=fast,
+        decoder=decoder.value,
+        encoder=encoder.value,
     )
     report = predict_files(
         segmenter,
@@ -613,6 +636,68 @@ def _benchmark_line(row: Row) -> str:
     dice = "" if row.agreement is None else f"{row.agreement:.5f}"
     figures = "".join(f"{1000 * seconds:>9.1f}" for seconds in times)
     return f"{row.name:<26}{figures}{row.ratio:>7.2f}{row.latent_error:>10.1e}{row.largest_error:>9.4f}{dice:>9}"
+
+
+@app.command()
+def compact(
+    model: Annotated[str, typer.Argument(help="A run, a pipeline folder, or a hub id; it is only read.")],
+    images: Annotated[Path, typer.Option(help="Folder of images without masks, like those to be segmented.")],
+    out: Annotated[Path, typer.Option(help="Folder for the trainings, and for the model with compact parts.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Labelled data whose masks the decoder learns from, besides synthetic ones.")
+    ] = None,
+    parts: Annotated[CompactParts, typer.Option(help="What is distilled.")] = CompactParts.both,
+    bar: Annotated[
+        float, typer.Option(help="Mean Dice with the full model's masks below which none is written.")
+    ] = 0.995,
+    steps: Annotated[int | None, typer.Option(min=1, help="Budget of each part in optimizer steps.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="Budget in minutes; of both parts, a third is the decoder's.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    resume: Annotated[Resume, typer.Option(help="auto: continue what has begun.")] = Resume.no,
+    stop_after: Annotated[int | None, typer.Option(min=1, help="Save and stop after this step; resume later.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """A light mask decoder and a light image encoder, beside the full ones in a new model, if their masks agree."""
+    from leafseg.compact import PARTS, run_compact
+    from leafseg.config import load_compact_settings
+
+    if steps is not None and minutes is not None:
+        raise ConfigError("--steps and --minutes are both given; give one of them")
+    chosen = [part for part in PARTS if parts in (CompactParts.both, part)]
+    shares = {"decoder": 1 / 3, "encoder": 2 / 3} if len(chosen) == 2 else dict.fromkeys(chosen, 1.0)
+    dotted = list(overrides or [])
+    for part in chosen:
+        given = {"steps": steps, "seed": seed, "minutes": None if minutes is None else round(minutes * shares[part], 3)}
+        dotted += [f"{part}.training.{name}={value}" for name, value in given.items() if value is not None]
+    data_settings, run_split = _data_of_run(model, None)
+    result = run_compact(
+        model,
+        images,
+        out,
+        settings=load_compact_settings(overrides=dotted),
+        data=data,
+        parts=chosen,
+        bar=bar,
+        resume=resume is Resume.auto,
+        stop_after=stop_after,
+        data_settings=data_settings,
+        run_split=run_split,
+    )
+    if not is_main_process():
+        return
+    for name, trained in result.trained.items():
+        print(f"{name}: {trained.status} at step {trained.step} of {trained.total_steps}", end="")
+        print(f" in {trained.seconds / 60:.1f} minutes")
+    if result.model is None:
+        print(f"continue with --resume auto --out {out}")
+        return
+    for name, figures in result.agreement.items():
+        print(f"compact {name}: {_figure('mask Dice with the full model', figures['dice'])}, worst ", end="")
+        print(f"{figures['worst'][1]:.4f} ({figures['worst'][0]}); {figures['images']} held-out images, ", end="")
+        print(f"{figures['both_empty']} of them empty in both")
+    print(f"model: {result.model}; use it with --decoder compact --encoder compact")
 
 
 @app.command("train-autoencoder")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -20,6 +20,7 @@ from leafseg.errors import ConfigError
 PredictionType = Literal["sample", "epsilon", "v_prediction"]
 Noise = Literal["gaussian", "zeros"]
 WeightsDtype = Literal["fp32", "fp16", "bf16"]
+PartChoice = Literal["full", "compact"]
 AlignmentReduction = Literal["mean", "mean_over_batch"]
 AlignmentSimilarity = Literal["cosine", "smooth_l1", "relational"]
 ModelKind = Literal["leaf", "unet"]
@@ -506,14 +507,104 @@ class AutoencoderTrainingSettings(SettingsModel):
 
     @model_validator(mode="after")
     def _settings_of_the_segmentation_alone(self) -> AutoencoderTrainingSettings:
-        only = ("ema_parts", "selection_part", "validation_resolution", "inference_dtype")
-        changed = [n for n in only if getattr(self.training, n) != TrainingSettings.model_fields[n].default]
-        if changed:
-            raise ValueError(
-                f"training.{', training.'.join(changed)} means nothing for an autoencoder, which is saved in half "
-                "precision; leave it at its default"
-            )
+        _refuse_settings_of_the_segmentation(self.training, "an autoencoder, which is saved in half precision")
         return self
+
+
+def _refuse_settings_of_the_segmentation(training: TrainingSettings, what: str) -> None:
+    only = ("ema_parts", "selection_part", "validation_resolution", "inference_dtype")
+    changed = [n for n in only if getattr(training, n) != TrainingSettings.model_fields[n].default]
+    if changed:
+        raise ValueError(f"training.{', training.'.join(changed)} means nothing for {what}; leave it at its default")
+
+
+class CompactDecoderSettings(SettingsModel):
+    """How ``leafseg compact`` distils the mask decoder: from masks alone, against the full decoder."""
+
+    width: int | None = Field(
+        None, ge=16, multiple_of=8, description="channels at the latent's size; default: what suits the full decoder's"
+    )
+    blocks: int = Field(4, ge=1, description="residual blocks at the latent's size")
+    crop: int | None = Field(
+        None,
+        ge=8,
+        description="side of the square masks that are learned from; smaller is cheaper, since the full decoder draws "
+        "each; default: the model's own size, at most 128",
+    )
+    synthetic_share: float = Field(0.3, ge=0, le=1, description="share of synthetic masks where masks are given")
+    noise: float = Field(
+        0.3, ge=0, description="noise on the latents, at most: a U-Net's latents are never exactly those of a mask"
+    )
+    shape_weight: float = Field(0.5, ge=0, description="weight of Dice + cross-entropy against the full decoder's mask")
+    training: TrainingSettings = TrainingSettings(
+        batch_size=8,
+        learning_rate=2e-3,
+        weight_decay=1e-4,
+        warmup_steps=50,
+        schedule="cosine",
+        ema_decay=0.99,
+        minutes=20,
+        validations=5,
+        validation_samples=32,
+    )
+
+    @model_validator(mode="after")
+    def _settings_of_the_segmentation_alone(self) -> CompactDecoderSettings:
+        _refuse_settings_of_the_segmentation(self.training, "a compact decoder")
+        return self
+
+
+class CompactEncoderSettings(SettingsModel):
+    """How ``leafseg compact`` distils the image encoder: from unlabelled images, against the full encoder."""
+
+    width: int | None = Field(
+        None, ge=32, multiple_of=16, description="channels at the latent's size; default: what suits the full encoder's"
+    )
+    blocks: int = Field(4, ge=1, description="residual blocks at the latent's size")
+    augmentation: AugmentationSettings = AugmentationSettings(
+        horizontal_flip=True,
+        vertical_flip=True,
+        rotation_degrees=15.0,
+        scale=(0.8, 1.25),
+        translation=0.1,
+        brightness=0.1,
+        contrast=0.2,
+        gamma=0.2,
+    )
+    prediction_weight: float = Field(
+        1.0, ge=0, description="weight of what the U-Net makes of the latents, beside the latents themselves"
+    )
+    mask_weight: float = Field(0.5, ge=0, description="weight of Dice + cross-entropy of the mask that follows")
+    statistics_samples: int = Field(
+        32, ge=1, description="training images that the latents' mean and sd are taken from"
+    )
+    cache_mb: int = Field(1500, ge=0, description="decoded images kept in memory")
+    training: TrainingSettings = TrainingSettings(
+        batch_size=8,
+        learning_rate=2e-3,
+        weight_decay=1e-4,
+        warmup_steps=50,
+        schedule="cosine",
+        ema_decay=0.99,
+        minutes=40,
+        validations=5,
+        validation_samples=32,
+    )
+
+    @model_validator(mode="after")
+    def _settings_of_the_segmentation_alone(self) -> CompactEncoderSettings:
+        _refuse_settings_of_the_segmentation(self.training, "a compact encoder")
+        return self
+
+
+class CompactSettings(SettingsModel):
+    """How ``leafseg compact`` distils a model's large parts into light ones."""
+
+    decoder: CompactDecoderSettings = CompactDecoderSettings()
+    encoder: CompactEncoderSettings = CompactEncoderSettings()
+    held_out: int = Field(
+        200, ge=1, description="at most so many held-out images, evenly spaced, measure the agreement"
+    )
 
 
 _TINY = {
@@ -688,6 +779,26 @@ def load_autoencoder_settings(*, overrides: Iterable[str] = ()) -> AutoencoderTr
     """
     layers = [AutoencoderTrainingSettings().model_dump(mode="json"), _from_dotlist(overrides)]
     return _validated(AutoencoderTrainingSettings, _merged(layers), source="train-autoencoder")
+
+
+def load_compact_settings(*, overrides: Iterable[str] = ()) -> CompactSettings:
+    """Settings of ``leafseg compact``, changed by dotted overrides.
+
+    Raises:
+        ConfigError: as :func:`load_settings`.
+    """
+    layers = [CompactSettings().model_dump(mode="json"), _from_dotlist(overrides)]
+    return _validated(CompactSettings, _merge_parts(layers), source="compact")
+
+
+def _merge_parts(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Merged, and in each part one budget replaces the other."""
+    merged = _merged(layers)
+    for name in ("decoder", "encoder"):
+        parts = [layer.get(name, {}) for layer in layers]
+        if all(isinstance(part, Mapping) for part in parts):
+            merged[name] = _merged(parts)
+    return merged
 
 
 def override_settings(settings: Settings, overrides: Iterable[str]) -> Settings:

@@ -134,8 +134,10 @@ def load_single(model: str, **options: Any) -> PipelineSegmenter | BaselineSegme
     exported, baseline = is_export(Path(model)), is_baseline(model)
     if not exported and not baseline:
         return load_segmenter(model, **options)
+    what = "an exported model" if exported else "a baseline"
+    if "compact" in (options.pop("decoder", None), options.pop("encoder", None)):
+        raise CheckpointError(f"{model}: {what} has no compact parts; leave --decoder and --encoder out")
     if options.pop("fast", False):
-        what = "an exported model" if exported else "a baseline"
         raise CheckpointError(f"{model}: {what} has no fast mode, which is of LEAF models in PyTorch; leave --fast out")
     if exported:
         return load_exported(Path(model), **options)

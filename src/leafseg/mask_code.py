@@ -39,11 +39,14 @@ class MaskCode(ABC):
         n_outputs: C of logits and probabilities; 1 for binary (the foreground), else classes with the background, or
             the number of overlapping labels.
         exclusive: True if a pixel has exactly one label; False for overlapping labels.
+        grey: whether only the mean of each picture's three channels is read, so that a compact decoder, which draws in
+            grey, can stand in for the autoencoder's.
     """
 
     name: ClassVar[str]
     num_pictures: int = 1
     exclusive: bool = True
+    grey: ClassVar[bool] = False
 
     def __init__(self, label_names: tuple[str, ...]) -> None:
         self.label_names = label_names
@@ -137,6 +140,8 @@ def _grey_values(decoded: Tensor) -> Tensor:
 class _IndependentCode(MaskCode):
     """A black-and-white picture an output, each present or not whatever the others are."""
 
+    grey = True
+
     def logits(self, decoded: Tensor) -> Tensor:
         return _SURE * _grey_values(decoded)
 
@@ -194,6 +199,8 @@ class OverlappingMaskCode(_IndependentCode):
 
 class _ExclusiveCode(MaskCode):
     """More than two classes of which every pixel has one: probabilities are a softmax."""
+
+    grey = True
 
     def __init__(self, label_names: tuple[str, ...]) -> None:
         if len(label_names) < 2:

@@ -17,7 +17,7 @@ from leafseg.config import WeightsDtype
 from leafseg.errors import CheckpointError
 from leafseg.files import check_new_folder, new_folder
 from leafseg.model.autoencoder import MaskDecoder
-from leafseg.pipeline import LeafPipeline
+from leafseg.pipeline import COMPACT_PARTS, LeafPipeline
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -39,7 +39,8 @@ def save_model_folder(
         CheckpointError: if a weight is too large for the number format.
         OSError, SafetensorError: if the folder cannot be written.
     """
-    for name in ("unet", "vae", "image_encoder"):
+    compact = [name for name in COMPACT_PARTS if getattr(pipeline, name) is not None]
+    for name in ("unet", "vae", "image_encoder", *compact):
         part = getattr(pipeline, name)
         place = folder / name
         place.mkdir(parents=True, exist_ok=True)
@@ -84,6 +85,29 @@ def slim_model(model: str, out: Path, *, dtype: WeightsDtype = "fp16", decoder_o
     with new_folder(out) as partial:
         save_model_folder(pipeline, partial, dtype=dtype)
     return out
+
+
+def add_compact_parts(source: Path, pipeline: LeafPipeline, folder: Path) -> None:
+    """A model's folder with compact parts beside its full ones, which are copied byte for byte.
+
+    Args:
+        source: the folder that ``pipeline`` was loaded from; only read.
+        pipeline: it, with the compact parts to store.
+        folder: where to; made if missing.
+
+    Raises:
+        OSError, SafetensorError: if the folder cannot be written.
+    """
+    for name in ("unet", "vae", "image_encoder", "scheduler"):
+        shutil.copytree(source / name, folder / name)
+    for name in COMPACT_PARTS:
+        part = getattr(pipeline, name)
+        if part is not None:
+            place = folder / name
+            place.mkdir(parents=True)
+            _save_config(part, place)
+            save_file(converted_weights(part, name, "fp32"), place / WEIGHTS_FILE, metadata={"format": "pt"})
+    _save_config(pipeline, folder)
 
 
 def folder_bytes(folder: Path) -> int:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -25,13 +25,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from leafseg import rng
-from leafseg.config import Noise, PreprocessingSettings, TimestepSpacing
+from leafseg.config import Noise, PartChoice, PreprocessingSettings, TimestepSpacing
 from leafseg.data.large import open_large
 from leafseg.data.pixels import draw_noise, noise_position, noise_stream
 from leafseg.data.transforms import Preprocessor
 from leafseg.errors import CheckpointError, ConfigError, DataError
 from leafseg.mask_code import MaskCode, make_mask_code
 from leafseg.model.autoencoder import MaskDecoder, decode_pictures, own_memory, scale_latent
+from leafseg.model.compact import CompactImageEncoder, CompactMaskDecoder
 from leafseg.model.image_encoder import ImageEncoder
 from leafseg.model.unet import MaskUNet
 from leafseg.runs import BASELINE_FILE, resolve_model
@@ -45,7 +46,7 @@ from leafseg.tiling import (
     working_bytes,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest that is read; a folder without compact parts is written as 1, and reads as such
 
 # The classes that a model folder may name. Anything else is refused before it is looked at: loading a model never runs
 # code that came with it.
@@ -54,6 +55,11 @@ _ALLOWED_CLASSES = {
     "vae": {("diffusers", "AutoencoderKL"), ("leafseg", "MaskDecoder")},
     "image_encoder": {("leafseg", "ImageEncoder")},
     "scheduler": {("diffusers", "DDIMScheduler")},
+}
+# Parts that a model may have besides, each standing in for one of the above when it is asked for.
+COMPACT_PARTS = {
+    "compact_decoder": ("leafseg", "CompactMaskDecoder"),
+    "compact_encoder": ("leafseg", "CompactImageEncoder"),
 }
 
 
@@ -90,12 +96,19 @@ class LeafPipeline(DiffusionPipeline):
         timesteps: which timesteps several steps visit, see :func:`leafseg.sampler.inference_timesteps`.
         noise: what the model starts from by default, see ``__call__``.
         format_version: of this folder layout.
+        compact_decoder, compact_encoder: light stand-ins for ``vae`` and ``image_encoder`` (``leafseg compact``).
+
+    Attributes:
+        decoder, encoder: which part a call uses by default, ``"full"`` or ``"compact"``.
 
     Not a medical device.
     """
 
     __module__ = "leafseg"  # see MaskUNet
-    model_cpu_offload_seq = "image_encoder->unet->vae"
+    model_cpu_offload_seq = "image_encoder->compact_encoder->unet->vae->compact_decoder"
+    _optional_components: ClassVar[list[str]] = list(COMPACT_PARTS)
+    decoder: PartChoice = "full"
+    encoder: PartChoice = "full"
 
     def __init__(
         self,
@@ -109,6 +122,8 @@ class LeafPipeline(DiffusionPipeline):
         timesteps: str = "trailing",
         noise: str = "gaussian",
         format_version: int = FORMAT_VERSION,
+        compact_decoder: CompactMaskDecoder | None = None,
+        compact_encoder: CompactImageEncoder | None = None,
     ) -> None:
         super().__init__()
         if preprocessing is None:
@@ -116,6 +131,7 @@ class LeafPipeline(DiffusionPipeline):
         if mask_code is None:
             mask_code = {"name": "binary", "label_names": ["background", "foreground"]}
         self.register_modules(unet=unet, vae=vae, image_encoder=image_encoder, scheduler=scheduler)
+        self.register_modules(compact_decoder=compact_decoder, compact_encoder=compact_encoder)
         self.register_to_config(
             preprocessing=preprocessing,
             mask_code=mask_code,
@@ -132,17 +148,35 @@ class LeafPipeline(DiffusionPipeline):
     def label_names(self) -> tuple[str, ...]:
         return self.mask_code.label_names
 
+    def to_json_string(self) -> str:
+        """The model index; of a model without compact parts, what it was before there were any."""
+        content = json.loads(super().to_json_string())
+        for name in COMPACT_PARTS:
+            if getattr(self, name) is None:
+                content.pop(name, None)
+        content["format_version"] = 2 if COMPACT_PARTS.keys() & content.keys() else 1
+        return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> LeafPipeline:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *,
+        decoder: PartChoice = "full",
+        encoder: PartChoice = "full",
+        **kwargs: Any,
+    ) -> LeafPipeline:
         """Load a run, a pipeline folder or a hub id; safetensors only, known classes only.
 
         Args:
             pretrained_model_name_or_path: a run (its best checkpoint is taken), a folder that ``save_pretrained``
                 wrote, or a hub id.
+            decoder, encoder: ``"compact"`` lets calls use that part by default, if the model has it.
             **kwargs: diffusers' own, e.g. ``dtype=torch.bfloat16`` (``torch_dtype`` is taken too).
 
         Raises:
-            CheckpointError: if the folder is missing, damaged, of another kind, or names a class that is not allowed.
+            CheckpointError: if the folder is missing, damaged, of another kind, names a class that is not allowed, or
+                lacks a compact part that is asked for.
         """
         name = resolve_model(str(pretrained_model_name_or_path))
         folder = Path(name)
@@ -161,7 +195,8 @@ class LeafPipeline(DiffusionPipeline):
                 check_folder(folder)
             diffusers_logging.disable_progress_bar()
             pipe = super().from_pretrained(folder, use_safetensors=True, **kwargs)
-            for part in (name for name in ("unet", "vae", "image_encoder") if name not in kwargs):
+            stored = [part for part in COMPACT_PARTS if getattr(pipe, part) is not None]
+            for part in (part for part in ("unet", "vae", "image_encoder", *stored) if part not in kwargs):
                 _check_weights(folder / part, getattr(pipe, part))
                 own_memory(getattr(pipe, part))
         except CheckpointError:
@@ -173,7 +208,9 @@ class LeafPipeline(DiffusionPipeline):
         finally:
             if bars:
                 diffusers_logging.enable_progress_bar()
-        return cast(LeafPipeline, pipe)
+        loaded = cast(LeafPipeline, pipe)
+        loaded.decoder, loaded.encoder = loaded._chosen(decoder, encoder)
+        return loaded
 
     @torch.no_grad()
     def __call__(
@@ -188,6 +225,8 @@ class LeafPipeline(DiffusionPipeline):
         num_samples: int = 1,
         return_samples: bool = False,
         tile_batch_size: int = 4,
+        decoder: PartChoice | None = None,
+        encoder: PartChoice | None = None,
     ) -> LeafOutput:
         """Segment images.
 
@@ -208,6 +247,7 @@ class LeafPipeline(DiffusionPipeline):
             num_samples: noise draws an image; their probabilities are averaged.
             return_samples: also return the probability of each draw.
             tile_batch_size: tiles that the network sees at once; changes speed and memory, not the result.
+            decoder, encoder: ``"full"`` or ``"compact"``; default: what the model was loaded with.
 
         Returns:
             :class:`LeafOutput` on the grid of the given images.
@@ -215,10 +255,12 @@ class LeafPipeline(DiffusionPipeline):
         Raises:
             DataError: if an image has a shape or range that cannot be read, or a list mixes sizes.
             ValueError: for an argument out of range.
+            CheckpointError: if the model lacks a compact part that is asked for.
         """
         visited = self.visited_timesteps(num_inference_steps, timesteps)
         noise = self._starting_noise(noise)
         _check_draws(noise, num_samples, tile_batch_size)
+        predict = partial(self._predict, visited=visited, parts=self._chosen(decoder, encoder))
 
         # 1. Pixels to the network's grid.
         images, placement = self._prepare_images(image)  # [B, 3, h, w] in 0..1, float32
@@ -238,7 +280,7 @@ class LeafPipeline(DiffusionPipeline):
             blend = partial(
                 blend_tiles,
                 images,
-                predict=partial(self._predict, visited=visited),
+                predict=predict,
                 grid=self._tile_grid(placement.source_size),
                 batch_size=tile_batch_size,
             )
@@ -246,7 +288,7 @@ class LeafPipeline(DiffusionPipeline):
             draws = (blend(canvases[:, k]).clamp(0, 1) for k in range(num_samples))
             probability, spread, samples = _mean_and_spread(draws, keep=return_samples)
             return self._output(probability, spread if num_samples > 1 else None, samples)
-        maps = self._predict(images, latent, visited=visited)  # [B*S, C, h, w]
+        maps = predict(images, latent)  # [B*S, C, h, w]
 
         # 4. Back to the images' grid.
         restored = self.preprocessor.restore(maps.flatten(0, 1), placement)  # [B*S*C, H, W]
@@ -270,6 +312,8 @@ class LeafPipeline(DiffusionPipeline):
         noise: Noise | None = None,
         num_samples: int = 1,
         tile_batch_size: int = 4,
+        decoder: PartChoice | None = None,
+        encoder: PartChoice | None = None,
     ) -> Iterator[tuple[tuple[int, int], Callable[[slice, slice], Tensor]]]:
         """Segment a TIFF that need not fit into memory, nor its result; for models with fit ``tile``.
 
@@ -280,7 +324,8 @@ class LeafPipeline(DiffusionPipeline):
             path: a TIFF or OME-TIFF, see :func:`leafseg.data.large.open_large`.
             folder: where working files are kept until the context ends, about ``10 * (C + 1)`` bytes a pixel.
             frame: page of the file.
-            num_inference_steps, timesteps, generator, noise, num_samples, tile_batch_size: as in ``__call__``.
+            num_inference_steps, timesteps, generator, noise, num_samples, tile_batch_size, decoder, encoder: as in
+                ``__call__``.
 
         Yields:
             (height, width), and a reader: (rows, columns) as slices to probabilities ``[C, h, w]`` in 0..1.
@@ -294,6 +339,7 @@ class LeafPipeline(DiffusionPipeline):
         visited = self.visited_timesteps(num_inference_steps, timesteps)
         noise = self._starting_noise(noise)
         _check_draws(noise, num_samples, tile_batch_size)
+        parts = self._chosen(decoder, encoder)
         channels = self.mask_code.n_outputs
         with open_large(path, frame) as image, torch.no_grad():
             grid = self._tile_grid(image.size)
@@ -322,7 +368,9 @@ class LeafPipeline(DiffusionPipeline):
 
                 def predict(tiles: Tensor, crops: Tensor) -> Tensor:
                     """Mean over the draws: crops are ``[b, S, z, h, w]``."""
-                    draws = [self._predict(tiles, crops[:, k], visited=visited) for k in range(num_samples)]
+                    draws = [
+                        self._predict(tiles, crops[:, k], visited=visited, parts=parts) for k in range(num_samples)
+                    ]
                     return torch.stack(draws).mean(0)
 
                 with blended_on_disk(
@@ -366,25 +414,61 @@ class LeafPipeline(DiffusionPipeline):
     def _starting_noise(self, noise: Noise | None) -> Noise:
         return cast(Noise, noise or self.config["noise"])
 
-    def _predict(self, images: Tensor, latent: Tensor, *, visited: Sequence[int]) -> Tensor:
+    def _chosen(self, decoder: PartChoice | None, encoder: PartChoice | None) -> tuple[PartChoice, PartChoice]:
+        """Which (decoder, encoder) to use; None stands for the pipeline's own."""
+        for name, wanted in (("decoder", decoder), ("encoder", encoder)):
+            if wanted not in (None, "full", "compact"):
+                raise ValueError(f"{name} is {wanted!r}; known are full, compact")
+            if wanted == "compact" and getattr(self, f"compact_{name}") is None:
+                raise CheckpointError(
+                    f"the model has no compact {name}; run leafseg compact MODEL --images DIR --out DIR, and use what "
+                    "it writes"
+                )
+        return decoder or self.decoder, encoder or self.encoder
+
+    def encode_images(self, images: Tensor, encoder: PartChoice = "full") -> Tensor:
+        """Image latents ``[B, z, h, w]``, as the U-Net takes them, of images ``[B, 3, H, W]`` in -1..1."""
+        if encoder == "compact":
+            latent: Tensor = self.compact_encoder(images)
+            return latent
+        return scale_latent(self.image_encoder(images), self.vae.config)
+
+    def decode_latent(self, latent: Tensor, decoder: PartChoice = "full") -> Tensor:
+        """Pictures ``[B, P*3, H, W]``, about -1..1, of a mask latent ``[B, P*z, h, w]``."""
+        if decoder == "compact":
+            return cast(CompactMaskDecoder, self.compact_decoder).decode_pictures(latent.to(self.compact_decoder.dtype))
+        return decode_pictures(self.vae, latent.to(self.vae.dtype))
+
+    def _predict(
+        self,
+        images: Tensor,
+        latent: Tensor,
+        *,
+        visited: Sequence[int],
+        parts: tuple[PartChoice, PartChoice] = ("full", "full"),
+    ) -> Tensor:
         """What the network says, on its own grid.
 
         Args:
             images: ``[B, 3, h, w]`` in 0..1, on the network's grid.
             latent: starting noise ``[B*S, z, h/8, w/8]``, in the order image by image.
             visited: timesteps, descending.
+            parts: which decoder and which encoder.
 
         Returns:
             Probabilities ``[B*S, C, h, w]``, float32 on the CPU.
         """
-        return self.probability_of(self.mask_latent(images, latent, visited=visited))
+        decoder, encoder = parts
+        return self.probability_of(self.mask_latent(images, latent, visited=visited, encoder=encoder), decoder)
 
-    def mask_latent(self, images: Tensor, latent: Tensor, *, visited: Sequence[int]) -> Tensor:
+    def mask_latent(
+        self, images: Tensor, latent: Tensor, *, visited: Sequence[int], encoder: PartChoice = "full"
+    ) -> Tensor:
         """The first half of a prediction: arguments as ``_predict``'s, result ``[B*S, z, h/8, w/8]`` in fp32."""
         # Image latent, once an image.
         device, dtype = self._execution_device, self.unet.dtype
-        code = self.image_encoder((images * 2 - 1).to(device, dtype))
-        image_latent = scale_latent(code, self.vae.config).repeat_interleave(len(latent) // len(images), 0)
+        image_latent = self.encode_images((images * 2 - 1).to(device, dtype), encoder)
+        image_latent = image_latent.repeat_interleave(len(latent) // len(images), 0)
         latent = latent.to(device)
 
         # Reverse steps; one step at t=999 gives the mask latent itself.
@@ -403,9 +487,9 @@ class LeafPipeline(DiffusionPipeline):
             )
         return latent
 
-    def probability_of(self, latent: Tensor) -> Tensor:
+    def probability_of(self, latent: Tensor, decoder: PartChoice = "full") -> Tensor:
         """The second half: probabilities ``[B*S, C, h, w]``, float32 on the CPU, of mask latents."""
-        decoded = decode_pictures(self.vae, latent.to(self.vae.dtype)).float()  # [B*S, P*3, h, w]
+        decoded = self.decode_latent(latent, decoder).float()  # [B*S, P*3, h, w]
         return self.mask_code.probability(decoded).cpu()
 
     def _output(self, probability: Tensor, spread: Tensor | None, samples: Tensor | None) -> LeafOutput:
@@ -532,8 +616,12 @@ def check_folder(folder: Path) -> None:
     try:
         content = json.loads(index.read_text())
         version = int(content.get("format_version", FORMAT_VERSION))
-        named = {key: tuple(value) for key, value in content.items() if key in _ALLOWED_CLASSES}
-        extra = [k for k, v in content.items() if k not in _ALLOWED_CLASSES and not k.startswith("_") and _is_class(v)]
+        known: dict[str, set[tuple[Any, ...]]] = {
+            **_ALLOWED_CLASSES,
+            **{key: {(None, None), pair} for key, pair in COMPACT_PARTS.items()},
+        }
+        named = {key: tuple(value) for key, value in content.items() if key in known}
+        extra = [k for k, v in content.items() if k not in known and not k.startswith("_") and _is_class(v)]
         name = content.get("_class_name")
     except (ValueError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(
@@ -545,16 +633,15 @@ def check_folder(folder: Path) -> None:
         raise CheckpointError(
             f"{index}: format version {version}; this leafseg reads up to {FORMAT_VERSION}: upgrade it"
         )
-    for key, allowed in _ALLOWED_CLASSES.items():
-        if named.get(key) not in allowed:
-            wanted = " or ".join(".".join(pair) for pair in sorted(allowed))
+    for key, allowed in known.items():
+        if named.get(key, (None, None)) not in allowed:
+            wanted = " or ".join(".".join(pair) for pair in sorted(pair for pair in allowed if None not in pair))
             got = ".".join(map(str, named[key])) if key in named else "missing"
             raise CheckpointError(f"{index}: component {key} is {got}; only {wanted} is loaded")
     if extra:
-        raise CheckpointError(
-            f"{index}: unknown components {', '.join(extra)}; only {', '.join(_ALLOWED_CLASSES)} are loaded"
-        )
-    for key in ("unet", "vae", "image_encoder"):
+        raise CheckpointError(f"{index}: unknown components {', '.join(extra)}; only {', '.join(known)} are loaded")
+    stored = [key for key in COMPACT_PARTS if named.get(key, (None, None)) != (None, None)]
+    for key in ("unet", "vae", "image_encoder", *stored):
         if not any((folder / key).glob("*.safetensors")):
             raise CheckpointError(
                 f"{folder / key}: no safetensors weights; leafseg never unpickles a model: convert it first"

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from leafseg.config import Noise, PreprocessingSettings, TimestepSpacing
+from leafseg.config import Noise, PartChoice, PreprocessingSettings, TimestepSpacing
 from leafseg.data.dicom import DicomSeries, find_series, holds_image, holds_slices, is_dicom, separate_slices
 from leafseg.data.images import (
     DICOM_SUFFIXES,
@@ -132,6 +132,8 @@ class PipelineSegmenter:
         num_samples: int = 1,
         autocast: Callable[[], AbstractContextManager[Any]] | None = None,
         arrangement: Arrangement | None = None,
+        decoder: PartChoice | None = None,
+        encoder: PartChoice | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.arrangement = arrangement  # of fast mode, for reports
@@ -140,6 +142,8 @@ class PipelineSegmenter:
             "timesteps": timesteps,
             "noise": noise,
             "num_samples": num_samples,
+            "decoder": decoder,
+            "encoder": encoder,
         }
         self._autocast = autocast or nullcontext
 
@@ -218,6 +222,8 @@ def load_segmenter(
     precision: Precision = "fp32",
     fast: bool = False,
     device: str | None = None,
+    decoder: PartChoice = "full",
+    encoder: PartChoice = "full",
 ) -> PipelineSegmenter:
     """A run, pipeline folder or hub id, ready to segment.
 
@@ -229,27 +235,33 @@ def load_segmenter(
         fast: compute in the arrangement that `leafseg benchmark` stored, on the CPU; see :mod:`leafseg.fast_mode`. One
             that was measured with something else than what is here is ignored with a warning.
         device: ``cpu`` or ``cuda``; default: cuda if there is one (never tried: no such device was at hand).
+        decoder, encoder: ``compact`` uses the model's compact part (``leafseg compact``).
 
     Raises:
-        CheckpointError: if the model cannot be loaded, has no such number of steps, or no stored fast mode.
-        ConfigError: if ``fast`` meets a precision or device of one's own.
+        CheckpointError: if the model cannot be loaded, has no such number of steps, no stored fast mode, or lacks a
+            compact part that is asked for.
+        ConfigError: if ``fast`` meets a precision, device or compact part of one's own.
     """
     if fast:
         if precision != "fp32" or device not in (None, "cpu"):
             raise ConfigError("fast mode has its own precision, on the CPU; leave out --precision and the device")
+        if "compact" in (decoder, encoder):
+            raise ConfigError("fast mode is of the full parts; leave out --fast, or --decoder and --encoder compact")
         arrangement = read_fast_mode(model)
         if arrangement is not None:
             steps: dict[str, Any] = {"num_inference_steps": num_inference_steps, "timesteps": timesteps}
             folded = load_folded(model, arrangement, **steps)
             return PipelineSegmenter(folded, noise=noise, num_samples=num_samples, arrangement=arrangement, **steps)
-    pipeline = LeafPipeline.from_pretrained(model)
+    pipeline = LeafPipeline.from_pretrained(model, decoder=decoder, encoder=encoder)
     limit = int(pipeline.scheduler.config["num_train_timesteps"])
     if num_inference_steps is not None and not 1 <= num_inference_steps <= limit:
         raise CheckpointError(f"{model}: --steps is {num_inference_steps}; the model's schedule has 1..{limit}")
     place = execution_device(device)
     pipeline.to(place)
-    for part in (pipeline.unet, pipeline.vae, pipeline.image_encoder):
-        part.to(memory_format=torch.channels_last)  # about twice as fast for convolutions on a CPU
+    parts = (pipeline.unet, pipeline.vae, pipeline.image_encoder, pipeline.compact_decoder, pipeline.compact_encoder)
+    for part in parts:
+        if part is not None:
+            part.to(memory_format=torch.channels_last)  # about twice as fast for convolutions on a CPU
     return PipelineSegmenter(
         pipeline,
         num_inference_steps=num_inference_steps,

@@ -23,7 +23,7 @@ from leafseg.model.build import Components, build_components, model_figures
 from leafseg.objective import pixel_loss
 from leafseg.pipeline import LeafPipeline
 from leafseg.predict import PipelineSegmenter
-from leafseg.training.autoencoder_task import _one_class
+from leafseg.training.autoencoder_task import one_class
 
 
 class PaletteCode(MaskCode):
@@ -399,12 +399,12 @@ def test_the_dice_of_labels_is_that_of_each_where_it_is_present() -> None:
 
 def test_an_autoencoder_learns_a_class_or_label_at_a_time_and_never_ignored_pixels() -> None:
     labels = torch.tensor([[0, 1, 3, 255]])
-    drawn = {tuple(_one_class(labels, np.random.default_rng(seed))[0].tolist()) for seed in range(20)}
+    drawn = {tuple(one_class(labels, np.random.default_rng(seed))[0].tolist()) for seed in range(20)}
     assert drawn == {(False, True, False, False), (False, False, True, False)}
     layers = torch.tensor([[[True, True]], [[False, True]]])
-    drawn = {tuple(_one_class(layers, np.random.default_rng(seed))[0].tolist()) for seed in range(20)}
+    drawn = {tuple(one_class(layers, np.random.default_rng(seed))[0].tolist()) for seed in range(20)}
     assert drawn == {(True, True), (False, True)}
     untouched = np.random.default_rng(0)
-    assert _one_class(torch.tensor([[0, 1]]), untouched).tolist() == [[False, True]]
-    assert not _one_class(torch.tensor([[0, 255]]), untouched).any()
+    assert one_class(torch.tensor([[0, 1]]), untouched).tolist() == [[False, True]]
+    assert not one_class(torch.tensor([[0, 255]]), untouched).any()
     assert untouched.random() == np.random.default_rng(0).random()  # binary data keep their samples

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
@@ -30,13 +31,14 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
     and the number of workers cannot change a value.
 
     Args:
-        manifest: the samples, normally one part; each needs a mask.
+        manifest: the samples, normally one part; each needs a mask, unless ``with_labels`` is False.
         preprocessor: the one that the model is saved with.
         augmentation: None leaves samples as they are.
         seed: the run's seed.
         cache_mb: memory for decoded samples in each process; what does not fit is decoded again each time.
         foreground_tiles: with fit ``tile``, a sample is one tile of its image, keyed by the position; this share of
             them is centred on a labelled pixel.
+        with_labels: False reads no masks; all labels are 0.
     """
 
     def __init__(
@@ -48,9 +50,10 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         seed: int,
         cache_mb: int,
         foreground_tiles: float = 0.5,
+        with_labels: bool = True,
     ) -> None:
         unmasked = [sample.name for sample in manifest.samples if not sample.has_labels]
-        if unmasked:
+        if unmasked and with_labels:
             raise DataError(
                 f"{manifest.root}: {len(unmasked)} samples have no mask ({unmasked[0]} first); add the masks"
             )
@@ -60,6 +63,7 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         self.seed = seed
         self.cache_mb = cache_mb
         self.foreground_tiles = foreground_tiles
+        self.with_labels = with_labels
         self._cache: dict[int, tuple[Tensor, Tensor]] = {}
         self._cached_bytes = 0
 
@@ -92,7 +96,8 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
                 generator=tile,
             )
         image = image_bytes.float() / 255.0
-        labels = label_bytes.bool() if self.manifest.label_map.overlapping else label_bytes.long()
+        overlapping = self.with_labels and self.manifest.label_map.overlapping
+        labels = label_bytes.bool() if overlapping else label_bytes.long()
         change = Augmentation()
         if self.augmentation is not None:
             change = draw_augmentation(self.augmentation, rng.generator(self.seed, "augmentation", position))
@@ -114,7 +119,10 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
             return cached
         sample = self.manifest.samples[index]
         pixels = self.preprocessor.read(sample.image, sample.frame)
-        classes = read_labels(sample, self.manifest.label_map, reading=self.preprocessor.reading)
+        if self.with_labels:
+            classes = read_labels(sample, self.manifest.label_map, reading=self.preprocessor.reading)
+        else:
+            classes = np.zeros(pixels.shape[1:], np.uint8)
         try:
             image, placement = self.preprocessor.apply(pixels)
             labels = self.preprocessor.apply_labels(classes, placement)

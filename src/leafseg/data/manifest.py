@@ -244,7 +244,7 @@ def load_manifest(
         fold: of a split file with folds, the one that validates; the others train, and the test part stays.
         run_split: the split that a run stored. Samples that it holds (by content) keep their parts and others are left
             out; if it holds none of them, this is another data set and the default rule applies.
-        require_masks: False accepts images without a mask.
+        require_masks: False accepts images without a mask, and a folder that holds the images themselves.
         progress: called with (files done, files in all).
 
     Raises:
@@ -477,6 +477,9 @@ class Look(Protocol):
 
 def _folder_rows(data: Path, *, require_masks: bool) -> tuple[list[_Row], list[Problem]]:
     folders = {"images": data / "images", "masks": data / "masks"}
+    plain = not require_masks and not any(folder.is_dir() for folder in folders.values())
+    if plain and any(image_suffix(path) for path in data.iterdir()):
+        folders["images"] = data
     required = ("images", "masks") if require_masks else ("images",)
     missing = [f"{name}/" for name in required if not folders[name].is_dir()]
     if missing:

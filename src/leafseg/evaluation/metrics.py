@@ -51,6 +51,23 @@ def dice_and_iou(predicted: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
+def symmetric_dice(first: Tensor, second: Tensor) -> Tensor:
+    """Dice of two masks of which neither is the truth, per image and channel.
+
+    Args:
+        first, second: bool ``[B, C, H, W]``.
+
+    Returns:
+        Float tensor ``[B, C]`` in 0..1; 0 where one alone is empty, NaN where both are.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    dice, _ = dice_and_iou(first, second)
+    alone = first.flatten(2).any(2) & ~second.flatten(2).any(2)
+    return dice.masked_fill(alone, 0.0)
+
+
 def precision_and_recall(predicted: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     """Share of the predicted pixels that are true, and share of the true pixels that are predicted.
 

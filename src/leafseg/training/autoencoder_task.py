@@ -97,14 +97,14 @@ class AutoencoderDataset(Dataset[dict[str, Any]]):
             if choice < settings.synthetic_share + settings.image_share:
                 kind, picture = _IMAGE, sample["image"]
             else:
-                plane = _one_class(sample["labels"], draws).float()
+                plane = one_class(sample["labels"], draws).float()
                 kind, picture = _MASK, plane[None].expand(3, -1, -1)
             y, x = (int(v * (side - crop + 1)) for v, side in zip((top, left), picture.shape[1:], strict=True))
             picture = picture[:, y : y + crop, x : x + crop]
         return {"picture": picture * 2 - 1, "kind": kind, "position": position}
 
 
-def _one_class(labels: Tensor, generator: np.random.Generator) -> Tensor:
+def one_class(labels: Tensor, generator: np.random.Generator) -> Tensor:
     """Bool ``[H, W]``: a random class of labels ``[H, W]``, or label of bool ``[C, H, W]``; all of it if there is one.
 
     A code for several classes draws each by itself, so that the autoencoder must know their shapes, not the union's.

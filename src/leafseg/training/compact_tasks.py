@@ -1,0 +1,375 @@
+"""Distillation of the two large parts of inference into light ones: the mask decoder from masks, the image encoder from
+unlabelled images. The parts that are stood in for stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from leafseg import rng
+from leafseg.config import CompactDecoderSettings, CompactEncoderSettings, PartChoice
+from leafseg.data.dataset import SegmentationDataset
+from leafseg.data.manifest import Manifest
+from leafseg.data.transforms import Preprocessor
+from leafseg.errors import CheckpointError, ConfigError, DataError
+from leafseg.evaluation.metrics import symmetric_dice
+from leafseg.mask_code import BinaryMaskCode
+from leafseg.model.autoencoder import DECODER_ONLY, MaskDecoder, decode_pictures, encode_pictures
+from leafseg.model.compact import CompactImageEncoder, CompactMaskDecoder
+from leafseg.objective import latent_loss, pixel_loss, predicted_sample
+from leafseg.pipeline import LeafPipeline
+from leafseg.training.autoencoder_task import one_class, synthetic_mask
+from leafseg.training.task import Autocast, Validation
+
+_LARGEST_DEFAULT_CROP = 128
+_EPOCH_OF_SYNTHETIC_MASKS = 10_000  # they never repeat; an epoch is only a word there
+_BLURRED, _BLENDED = 0.5, 0.25
+_STATISTICS_BATCH = 4
+_MASK_CACHE_MB = 512
+
+
+class MaskPictures(Dataset[dict[str, Any]]):
+    """Pictures that a mask decoder may have to draw: crops of masks and synthetic masks, some uncertain.
+
+    A U-Net that is not sure predicts something between masks: some are blurred, so that a border is, and some are
+    blended with another mask, so that a whole object is. All in -1..1, ``[3, crop, crop]``, keyed by position.
+
+    Args:
+        masks: labelled samples; None takes synthetic masks alone.
+        crop: side in pixels.
+        synthetic_share: of synthetic masks among those of ``masks``.
+        seed: the run's seed.
+        stream: of the draws: training and validation differ.
+    """
+
+    def __init__(
+        self, masks: SegmentationDataset | None, *, crop: int, synthetic_share: float, seed: int, stream: str
+    ) -> None:
+        self.masks, self.crop, self.seed, self.stream = masks, crop, seed, stream
+        self.synthetic_share = synthetic_share if masks is not None else 1.0
+
+    def __len__(self) -> int:
+        return len(self.masks) if self.masks is not None else _EPOCH_OF_SYNTHETIC_MASKS
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        position, _ = key
+        draws = rng.generator(self.seed, self.stream, position)
+        choice, top, left, blur, blend = draws.random(5)
+        if self.masks is None or choice < self.synthetic_share:
+            plane = torch.from_numpy(synthetic_mask(self.crop, draws))
+        else:
+            plane = one_class(self.masks[key]["labels"], draws)
+            y, x = (int(v * (side - self.crop + 1)) for v, side in zip((top, left), plane.shape, strict=True))
+            plane = plane[y : y + self.crop, x : x + self.crop]
+        values = plane.float()
+        if blend < _BLENDED:
+            share = draws.uniform(0.5, 1)
+            values = share * values + (1 - share) * torch.from_numpy(synthetic_mask(self.crop, draws))
+        if blur < _BLURRED:
+            reach = int(draws.integers(1, max(2, self.crop // 16)))
+            padded = F.pad(values[None, None], (reach,) * 4, mode="replicate")
+            values = F.avg_pool2d(padded, 2 * reach + 1, stride=1)[0, 0]
+        return {"picture": (values * 2 - 1).expand(3, -1, -1).contiguous(), "position": position}
+
+
+class DecoderDistillationTask:
+    """A compact mask decoder that draws what the full decoder draws, from the latents of masks.
+
+    The latents are disturbed, by white and by smooth noise, and the full decoder draws the same disturbed ones: it is
+    imitated where a U-Net leads it, and not only on exact latents. The loss is L1 on the grey values, and Dice +
+    cross-entropy against the mask that the full decoder's picture stands for.
+
+    Args:
+        autoencoder: the teacher.
+        preprocessor: brings masks to the grid that the model works on.
+        settings: how.
+        masks: labelled samples whose train part is learned from; None takes synthetic masks alone.
+
+    Raises:
+        CheckpointError: if the autoencoder is its decoder alone.
+        ConfigError: if crops do not fit.
+        DataError: if no mask falls into the train part.
+    """
+
+    kind = "compact decoder"
+    pipeline_folder = "compact_decoder"
+
+    def __init__(
+        self,
+        autoencoder: AutoencoderKL | MaskDecoder,
+        preprocessor: Preprocessor,
+        settings: CompactDecoderSettings,
+        *,
+        masks: Manifest | None = None,
+    ) -> None:
+        if isinstance(autoencoder, MaskDecoder):
+            raise CheckpointError(f"the model {DECODER_ONLY}, or distil the image encoder alone (--parts encoder)")
+        self.settings, self._vae = settings, autoencoder.requires_grad_(False).eval()
+        stride = 2 ** (len(autoencoder.config["block_out_channels"]) - 1)
+        size = min(preprocessor.settings.size)
+        crop = settings.crop or min(size, _LARGEST_DEFAULT_CROP)
+        if crop % stride or crop > size:
+            raise ConfigError(
+                f"decoder.crop is {crop}; it must be a multiple of {stride}, at most the model's size ({size})"
+            )
+        seed = settings.training.seed
+        torch.manual_seed(rng.torch_seed(seed, "initial-weights", 0))
+        self.decoder = CompactMaskDecoder.for_autoencoder(
+            autoencoder.config, width=settings.width, blocks=settings.blocks
+        )
+        self.module: nn.Module = self.decoder
+        parts: dict[str, SegmentationDataset | None] = {"train": None, "validation": None}
+        if masks is not None:
+            if not len(masks.part("train")):
+                raise DataError(
+                    f"{masks.root}: no mask falls into the train part ({len(masks)} in all); add masks, or leave out "
+                    "--data: synthetic masks are then drawn"
+                )
+            for name in parts:
+                chosen = masks.part(name)
+                if len(chosen):
+                    parts[name] = SegmentationDataset(
+                        chosen, preprocessor, augmentation=None, seed=seed, cache_mb=_MASK_CACHE_MB
+                    )
+
+        def pictures(name: str) -> MaskPictures:
+            return MaskPictures(
+                parts[name],
+                crop=crop,
+                synthetic_share=settings.synthetic_share,
+                seed=seed,
+                stream=f"compact-mask-{name}",
+            )
+
+        self.dataset, self._validation = pictures("train"), pictures("validation")
+        self._code = BinaryMaskCode()  # any code's pictures are black and white
+        self._autocast: Autocast | None = None
+        self._device = torch.device("cpu")
+
+    def prepare(self, device: torch.device, autocast: Autocast, run: Path) -> None:
+        self._device, self._autocast = device, autocast
+        self._vae.to(device, memory_format=torch.channels_last)
+
+    def loss(self, forward: nn.Module, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+        draws = [rng.generator(seed, "compact-disturbance", position) for position in batch["position"].tolist()]
+        latent, wanted = self._latent_and_picture(batch["picture"], draws)
+        drawn = forward(latent.to(memory_format=torch.channels_last)).float()
+        grey = (drawn - wanted).abs().mean()
+        shape = pixel_loss(self._code.logits(drawn.expand(-1, 3, -1, -1)), (wanted[:, 0] > 0).long())
+        return {"loss": grey + self.settings.shape_weight * shape, "grey": grey, "shape": shape}
+
+    @torch.no_grad()
+    def _latent_and_picture(self, pictures: Tensor, draws: list[np.random.Generator]) -> tuple[Tensor, Tensor]:
+        """Disturbed mask latents ``[B, z, h, w]``, and the grey values ``[B, 1, H, W]`` that the full decoder draws."""
+        if self._autocast is None:
+            raise RuntimeError("prepare() was not called")
+        with self._autocast():
+            latent = encode_pictures(self._vae, pictures.to(memory_format=torch.channels_last)).float()
+        pairs = zip(latent, draws, strict=True)
+        latent = torch.stack([one + _disturbance(one, self.settings.noise, own) for one, own in pairs])
+        with self._autocast():
+            return latent, decode_pictures(self._vae, latent).float().mean(1, keepdim=True)
+
+    def validate(self, limit: int, rank: int, world_size: int) -> list[Mapping[str, Any]]:
+        """Dice of the two decoders' masks on pictures that are not trained on; empty ones are left out."""
+        rows: list[Mapping[str, Any]] = []
+        for index in range(rank, limit, world_size):
+            entry = index % len(self._validation)
+            picture = self._validation[index, entry]["picture"][None].to(self._device)
+            draws = rng.generator(self.settings.training.seed, "compact-disturbance-validation", index)
+            latent, wanted = self._latent_and_picture(picture, [draws])
+            if self._autocast is None:
+                raise RuntimeError("prepare() was not called")
+            with self._autocast():
+                drawn = self.decoder(latent).float()
+            dice = symmetric_dice(drawn > 0, wanted > 0)
+            if not dice.isnan().all():
+                rows.append({"dice": float(dice)})
+        return rows
+
+    def summarise(self, rows: list[Mapping[str, Any]]) -> Validation:
+        return _agreement(rows)
+
+    def save_inference(self, folder: Path, *, earlier: Path | None = None) -> None:
+        self.decoder.save_pretrained(folder)
+
+
+class EncoderDistillationTask:
+    """A compact image encoder whose latents lead the frozen U-Net to the same masks.
+
+    The loss is the L1 distance of the latents, in units of their standard deviation; that of what the U-Net predicts
+    from them at the last timestep, where inference begins; and Dice + cross-entropy of the mask that follows, against
+    the one that follows from the full encoder's latents. Masks are decoded by the compact decoder if the model has one.
+
+    Args:
+        pipeline: the model.
+        images: all images; the train part is learned from, the validation part chooses the checkpoint.
+        settings: how.
+
+    Raises:
+        DataError: if a part that is needed has no images.
+    """
+
+    kind = "compact encoder"
+    pipeline_folder = "compact_encoder"
+
+    def __init__(self, pipeline: LeafPipeline, images: Manifest, settings: CompactEncoderSettings) -> None:
+        self.settings, self._pipeline = settings, pipeline
+        seed = settings.training.seed
+        for name in ("train", "validation"):
+            if not len(images.part(name)):
+                raise DataError(
+                    f"{images.root}: no image falls into the {name} part ({len(images)} in all); give more images"
+                )
+
+        def dataset(name: str, *, augmented: bool) -> SegmentationDataset:
+            return SegmentationDataset(
+                images.part(name),
+                pipeline.preprocessor,
+                augmentation=settings.augmentation if augmented else None,
+                seed=seed,
+                cache_mb=settings.cache_mb if augmented else 0,
+                foreground_tiles=0.0,
+                with_labels=False,
+            )
+
+        self.dataset, self._validation = dataset("train", augmented=True), dataset("validation", augmented=False)
+        pipeline.unet.requires_grad_(False).eval()
+        pipeline.image_encoder.requires_grad_(False).eval()
+        mean, std = self._latent_statistics(dataset("train", augmented=False))
+        torch.manual_seed(rng.torch_seed(seed, "initial-weights", 0))
+        self.encoder = CompactImageEncoder.for_encoder(
+            pipeline.image_encoder.config,
+            width=settings.width,
+            blocks=settings.blocks,
+            latent_mean=mean,
+            latent_std=std,
+        )
+        self.module: nn.Module = self.encoder
+        self._std = torch.tensor(std)[:, None, None]
+        self._terminal = int(pipeline.scheduler.config["num_train_timesteps"]) - 1
+        self._alpha_bar = float(pipeline.scheduler.alphas_cumprod[-1])
+        self._decoder: PartChoice = "compact" if pipeline.compact_decoder is not None else "full"
+        self._autocast: Autocast | None = None
+        self._device = torch.device("cpu")
+
+    @torch.no_grad()
+    def _latent_statistics(self, plain: SegmentationDataset) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each latent channel, over evenly spaced training images."""
+        count = min(self.settings.statistics_samples, len(plain))
+        chosen = [i * len(plain) // count for i in range(count)]
+        codes = []
+        for start in range(0, count, _STATISTICS_BATCH):
+            images = torch.stack([plain[i, i]["image"] for i in chosen[start : start + _STATISTICS_BATCH]])
+            codes.append(self._pipeline.encode_images(images * 2 - 1).transpose(0, 1).flatten(1))
+        values = torch.cat(codes, 1)
+        mean, std = values.mean(1), values.std(1).clamp(min=1e-3)
+        return [round(v, 6) for v in mean.tolist()], [round(v, 6) for v in std.tolist()]
+
+    def prepare(self, device: torch.device, autocast: Autocast, run: Path) -> None:
+        self._device, self._autocast = device, autocast
+        self._std = self._std.to(device)
+        pipe = self._pipeline
+        for part in (pipe.unet, pipe.image_encoder, pipe.vae, pipe.compact_decoder):
+            if part is not None:
+                part.to(device, memory_format=torch.channels_last)
+
+    def loss(self, forward: nn.Module, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+        images = (batch["image"] * 2 - 1).to(memory_format=torch.channels_last)
+        with torch.no_grad(), self._autocasting():
+            wanted = self._pipeline.encode_images(images).float()
+        latent = forward(images).float()
+        parts = {"latent": ((latent - wanted).abs() / self._std).mean()}
+        loss = parts["latent"]
+        if self.settings.prediction_weight or self.settings.mask_weight:
+            noise = self._noise(batch["position"].tolist(), wanted.shape[2:], seed, "compact-noise")
+            with self._autocasting():
+                prediction = self._prediction(latent, noise)
+                with torch.no_grad():
+                    wanted_prediction = self._prediction(wanted, noise)
+            parts["prediction"] = latent_loss(prediction, wanted_prediction)
+            loss = loss + self.settings.prediction_weight * parts["prediction"]
+            # What epsilon implies at the last timestep is noise.
+            if self.settings.mask_weight and self._pipeline.scheduler.config["prediction_type"] != "epsilon":
+                code = self._pipeline.mask_code
+                with torch.no_grad():
+                    probability = code.probability(self._pictures(wanted_prediction, noise))
+                    labels = code.labels(probability)
+                    if labels is None:  # they overlap
+                        labels = code.mask(probability)
+                logits = code.logits(self._pictures(prediction, noise))
+                parts["mask"] = pixel_loss(logits, labels, exclusive=code.exclusive)
+                loss = loss + self.settings.mask_weight * parts["mask"]
+        return {"loss": loss, **parts}
+
+    def _noise(self, positions: list[int], cells: torch.Size, seed: int, stream: str) -> Tensor:
+        shape = (int(self._pipeline.unet.config["out_channels"]), *cells)
+        draws = [rng.normal(seed, stream, position, shape) for position in positions]
+        return torch.from_numpy(np.stack(draws)).to(self._device)
+
+    def _prediction(self, latent: Tensor, noise: Tensor) -> Tensor:
+        return self._pipeline.unet.denoise(torch.cat([latent, noise], 1), self._terminal).float()
+
+    def _pictures(self, prediction: Tensor, noise: Tensor) -> Tensor:
+        alpha_bar = noise.new_full((len(noise),), self._alpha_bar)
+        sample = predicted_sample(prediction, noise, alpha_bar, self._pipeline.scheduler.config["prediction_type"])
+        with self._autocasting():
+            return self._pipeline.decode_latent(sample, self._decoder).float()
+
+    def validate(self, limit: int, rank: int, world_size: int) -> list[Mapping[str, Any]]:
+        """Dice of the masks that follow from the two encoders' latents, on evenly spaced validation images."""
+        code, size = self._pipeline.mask_code, len(self._validation)
+        count = min(limit, size)
+        rows: list[Mapping[str, Any]] = []
+        for index in [i * size // count for i in range(count)][rank::world_size]:
+            images = self._validation[index, index]["image"][None].to(self._device) * 2 - 1
+            cells = torch.Size(side // self._stride for side in images.shape[2:])
+            noise = self._noise([index], cells, self.settings.training.seed, "compact-noise-validation")
+            masks = []
+            for encode in (self.encoder, self._pipeline.encode_images):
+                with self._autocasting():
+                    prediction = self._prediction(encode(images).float(), noise)
+                masks.append(code.mask(code.probability(self._pictures(prediction, noise))))
+            dice = symmetric_dice(masks[0], masks[1])[0]
+            dice = dice[1:] if code.exclusive and code.n_outputs > 1 else dice  # without the background
+            if not dice.isnan().all():
+                rows.append({"dice": float(dice.nanmean())})
+        return rows
+
+    @property
+    def _stride(self) -> int:
+        return int(2 ** (len(self._pipeline.vae.config["block_out_channels"]) - 1))
+
+    def summarise(self, rows: list[Mapping[str, Any]]) -> Validation:
+        return _agreement(rows)
+
+    def save_inference(self, folder: Path, *, earlier: Path | None = None) -> None:
+        self.encoder.save_pretrained(folder)
+
+    def _autocasting(self) -> Any:
+        if self._autocast is None:
+            raise RuntimeError("prepare() was not called")
+        return self._autocast()
+
+
+def _disturbance(latent: Tensor, most: float, draws: np.random.Generator) -> Tensor:
+    """Noise for a latent ``[z, h, w]``: white, and smooth over a few cells, each of a random size up to ``most``."""
+    sizes = draws.uniform(0, most, 2)
+    white = torch.from_numpy(draws.standard_normal(tuple(latent.shape), dtype=np.float32))
+    coarse = [max(2, side // 4) for side in latent.shape[1:]]
+    smooth = torch.from_numpy(draws.standard_normal((1, len(latent), *coarse), dtype=np.float32))
+    smooth = F.interpolate(smooth, latent.shape[1:], mode="bilinear", align_corners=False)[0]
+    return (float(sizes[0]) * white + float(sizes[1]) * smooth).to(latent.device)
+
+
+def _agreement(rows: list[Mapping[str, Any]]) -> Validation:
+    dice = [row["dice"] for row in rows] or [0.0]
+    return Validation(score=float(np.mean(dice)), metrics={"dice": float(np.mean(dice)), "worst": min(dice)})
