@@ -72,5 +72,6 @@ def test_the_exponent_of_a_power_is_the_power(monkeypatch: pytest.MonkeyPatch) -
 
 def test_every_benchmark_has_a_test() -> None:
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("[a-z]*.py")}
-    # These two have no --quick: they are about full size, and about images that are large.
-    assert scripts == {*IN_PROCESS, *WITH_CHILDREN, "full_size_training", "large_images"}
+    # These have no --quick: they are about full size, large images, two trained parts, and what pip installs.
+    without = {"full_size_training", "large_images", "compact", "runtime_size"}
+    assert scripts == {*IN_PROCESS, *WITH_CHILDREN, *without}

@@ -312,6 +312,8 @@ class EncoderDistillationTask:
 
     def _noise(self, positions: list[int], cells: torch.Size, seed: int, stream: str) -> Tensor:
         shape = (int(self._pipeline.unet.config["out_channels"]), *cells)
+        if self._pipeline.config["noise"] == "zeros":
+            return torch.zeros(len(positions), *shape, device=self._device)
         draws = [rng.normal(seed, stream, position, shape) for position in positions]
         return torch.from_numpy(np.stack(draws)).to(self._device)
 
