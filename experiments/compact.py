@@ -282,10 +282,10 @@ def work() -> list[str]:
             down = 2 ** (len(settings.model.autoencoder.block_out_channels) - 1)
             image, code = torch.empty(1, 3, height, width), torch.empty(1, z, height // down, width // down)
             light_decoder = CompactMaskDecoder.for_autoencoder(parts.autoencoder.config)
-        light_encoder = CompactImageEncoder.for_encoder(parts.image_encoder.config)
+            light_encoder = CompactImageEncoder.for_encoder(parts.image_encoder.config)
         calls = [
             (parts.image_encoder, (image,)),
-            (light_encoder, (torch.empty(1, 3, height, width),)),
+            (light_encoder, (image,)),
             (parts.unet, (torch.cat([code, code], 1), torch.zeros(1, device="meta"))),
             (parts.autoencoder.decoder, (code,)),
             (light_decoder, (code,)),

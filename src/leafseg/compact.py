@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -231,16 +232,21 @@ def _measure(pipeline: LeafPipeline, held_out: Manifest, most: int) -> dict[str,
 
 
 def _require(agreement: dict[str, Agreement], bar: float, model: str, out: Path) -> None:
+    means: dict[str, float] = {}
     for name, figures in agreement.items():
         if figures.dice is None:
             raise CheckpointError(
                 f"{model}: no mask of the {figures.images} held-out images holds anything, and empty masks agree with "
                 "anything; nothing is stored: give images that show what the model segments"
             )
-        if figures.dice["mean"] < bar:
-            raise CheckpointError(
-                f"{out}: compact {name} agrees with the full model to a mean Dice of {figures.dice['mean']:.4f} (worst "
-                f"image {figures.worst[0]}: {figures.worst[1]:.4f}), below --bar {bar:g}; no model is written and "  # type: ignore[index]
-                f"{model} is as it was: train longer (more --steps with --resume auto, or another --out), give more "
-                f"images, or accept it with --resume auto --bar"
-            )
+        means[name] = float(figures.dice["mean"])
+    name = min(means, key=means.__getitem__)
+    worst = agreement[name].worst
+    if means[name] < bar and worst is not None:
+        each = ", ".join(f"{part} {mean:.4f}" for part, mean in means.items())
+        raise CheckpointError(
+            f"{out}: with compact {name}, masks agree with the full model's to a mean Dice of {means[name]:.4f} (worst "
+            f"image {worst[0]}: {worst[1]:.4f}; {each}), below --bar {bar:g}; no model is written and {model} is as it "
+            "was: distil longer (--resume auto with more --steps), give more images, or accept it with --resume auto "
+            f"--bar {math.floor(means[name] * 1000) / 1000:g}"
+        )
