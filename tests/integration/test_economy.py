@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -323,7 +322,9 @@ def test_validation_on_the_input_grid_resizes_image_and_truth_and_no_prediction(
     assert any(rows[name]["predicted_pixels"] != others[name]["predicted_pixels"] for name in rows)
     for sample in manifest.part("validation").samples:
         assert sample.mask is not None
-        image = task.preprocessor.apply(read_image(sample.image, None))[0][None]  # the same to the bit: it keys the noise
+        image = task.preprocessor.apply(read_image(sample.image, None))[0][
+            None
+        ]  # the same to the bit: it keys the noise
         truth = torch.from_numpy(read_mask(sample.mask, None) > 0)[None, None].float()
         truth = F.interpolate(truth, (32, 32), mode="nearest-exact")[0, 0] > 0
         assert rows[sample.name]["truth_pixels"] == int(truth.sum())
