@@ -152,7 +152,8 @@ def main() -> None:
         *(f".venv/bin/python experiments/recipe.py DATA --plan {plan['name']} --out RUNS" for plan in plans),
         "```",
         "",
-        f"Splits: {'; '.join(f'{name} {sha}' for name, sha in splits)}.",
+        f"Splits: {'; '.join(f'{name} {sha}' for name, sha in splits)}. Other work shared the machine: steps are",
+        "equal, and samples/s are no measure of cost.",
         "",
     ]
     for plan in plans:
