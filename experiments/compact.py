@@ -56,9 +56,10 @@ CROP = 64
 SIZE = 256  # what a full-size model works on, and masks are compared at
 NOISE = (0.0, 0.15, 0.3)  # on latents whose values have a standard deviation of about 1
 TARGET = 0.995
+KL_F8 = (128, 256, 512, 512)
 # kl-f8's shape. A batch of two crops is a step of some seconds on two cores.
 AUTOENCODER = [
-    "model.block_out_channels=[128,256,512,512]",
+    f"model.block_out_channels={list(KL_F8)}",
     "model.layers_per_block=2",
     "model.latent_channels=4",
     "model.norm_num_groups=32",
@@ -102,6 +103,8 @@ def distil_decoder(data: list[Path], out: Path, minutes: float, masks: int) -> N
     if not checkpoint_steps(run):
         sys.exit(f"{run}: no trained autoencoder; run the unit `autoencoder` first")
     autoencoder = load_autoencoder(best_checkpoint(run) / "autoencoder").eval()
+    if tuple(autoencoder.config["block_out_channels"]) != KL_F8:
+        sys.exit(f"{run}: the autoencoder has not kl-f8's shape, and the page would say it has")
     preprocessor = Preprocessor(PreprocessingSettings(size=(SIZE, SIZE)))
     settings = load_compact_settings(overrides=[*DECODER, f"decoder.training.minutes={minutes}"]).decoder
     task = DecoderDistillationTask(autoencoder, preprocessor, settings)
@@ -221,6 +224,7 @@ def training_figures(run: Path) -> dict[str, Any]:
     return {
         "steps": stored["total_steps"],
         "calibration": stored["record"].get("calibration"),
+        "settings": stored["record"]["settings"],
         "validation": {line["step"]: line["validation/score"] for line in lines if "validation/score" in line},
     }
 
@@ -349,8 +353,8 @@ def end_to_end_section(found: list[dict[str, Any]]) -> list[str]:
     if not found:
         return [*text, "Not run yet.", ""]
     text += [
-        "Trained `leaf-tiny` models, distilled with the default settings; masks at original resolution on images that",
-        "neither the model nor the distillation saw.",
+        "Trained `leaf-tiny` models, distilled with the steps that are named; masks at original resolution on images",
+        "that neither the model nor the distillation saw.",
         "",
         "| data | compact | agreement with the full model | worst image | images (both empty) | written |",
         "|---|---|---|---|---|---|",
