@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
@@ -24,7 +23,7 @@ from leafseg.data.transforms import Preprocessor
 from leafseg.errors import CheckpointError, ConfigError
 from leafseg.files import read_json, write_json_atomic
 from leafseg.model_folder import converted_weights
-from leafseg.predict import Precision, Segmentation, autocast_of, execution_device
+from leafseg.predict import Precision, Segmentation, autocast_of, execution_device, labelled
 from leafseg.runs import BASELINE_FILE, resolve_model
 
 FORMAT_VERSION = 1
@@ -114,7 +113,7 @@ class BaselineSegmenter:
         maps = [one for batch in inputs for one in self._probability(batch)]
         for probability, (_, placement) in zip(maps, prepared, strict=True):
             restored = self.preprocessor.restore(probability, placement).clamp(0, 1).numpy()
-            results.append(self._labelled(restored))
+            results.append(labelled(restored, overlapping=self._overlapping))
         return results
 
     def _probability(self, images: Tensor) -> Tensor:
@@ -135,13 +134,6 @@ class BaselineSegmenter:
         size, overlap = self.preprocessing.size, self.preprocessing.tile_overlap
         blended: Tensor = sliding_window_inference(images, size, 4, predict, overlap=overlap, mode="gaussian")
         return blended.cpu()
-
-    def _labelled(self, probability: NDArray[np.float32]) -> Segmentation:
-        if self._overlapping:
-            return Segmentation(probability, None)
-        if len(probability) == 1:
-            return Segmentation(probability, (probability[0] > 0.5).astype(np.uint8))
-        return Segmentation(probability, probability.argmax(0).astype(np.uint8))
 
 
 def output_channels(label_names: Sequence[str], *, overlapping: bool) -> int:

@@ -20,7 +20,7 @@ from leafseg.config import PreprocessingSettings
 from leafseg.data.manifest import read_csv
 from leafseg.errors import CheckpointError
 from leafseg.exported import ExportedSegmenter, load_exported
-from leafseg.predict import PipelineSegmenter, Segmentation, Segmenter, load_segmenter
+from leafseg.predict import PipelineSegmenter, Segmentation, Segmenter, labelled, load_segmenter
 from leafseg.runs import SPLIT_FILE, ensemble_models, is_baseline, is_ensemble, is_export, run_of
 
 log = logging.getLogger(__name__)
@@ -80,15 +80,8 @@ class EnsembleSegmenter:
                     "labels (their mask codes differ); leave one out"
                 )
             sums = [total + one for total, one in zip(sums, found, strict=True)] if sums else found
-        return [self._labelled(total / np.float32(len(self.segmenters))) for total in sums]
-
-    def _labelled(self, probability: NDArray[np.float32]) -> Segmentation:
-        """The rules of the mask codes (:mod:`leafseg.mask_code`) for a probability ``[C, H, W]``."""
-        if self.overlapping:
-            return Segmentation(probability, None)
-        if len(probability) == 1:
-            return Segmentation(probability, (probability[0] > 0.5).astype(np.uint8))
-        return Segmentation(probability, probability.argmax(0).astype(np.uint8))
+        count = np.float32(len(self.segmenters))
+        return [labelled(total / count, overlapping=self.overlapping) for total in sums]
 
 
 def _differences(one: PreprocessingSettings, other: PreprocessingSettings) -> list[str]:

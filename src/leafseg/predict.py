@@ -88,6 +88,15 @@ class Segmentation:
             object.__setattr__(self, "mask", mask)
 
 
+def labelled(probability: NDArray[np.float32], *, overlapping: bool) -> Segmentation:
+    """The rules of the mask codes (:mod:`leafseg.mask_code`) for a probability ``[C, H, W]``."""
+    if overlapping:
+        return Segmentation(probability, None)
+    if len(probability) == 1:
+        return Segmentation(probability, (probability[0] > 0.5).astype(np.uint8))
+    return Segmentation(probability, probability.argmax(0).astype(np.uint8))
+
+
 class Segmenter(Protocol):
     """Anything that segments.
 
