@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -121,9 +122,19 @@ def write_random_model(
 
 
 @contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM (of `timeout`, say) ends the block as Ctrl-C does, so that gigabytes of weights do not stay behind."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def random_model(preset: str, size: int, *, quick: bool = False) -> Iterator[Path]:
     """A pipeline folder with random weights, made by a child so that this process stays small; removed at the end."""
-    with tempfile.TemporaryDirectory(prefix="leafseg-benchmark-") as folder:
+    with tempfile.TemporaryDirectory(prefix="leafseg-benchmark-") as folder, ended_by_sigterm():
         if quick:
             write_random_model(Path(folder), model_settings(preset, size, quick=True))
         else:

@@ -6,11 +6,13 @@ and holds no code. It counts on the processor, the versions and the model that i
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import inspect
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -105,6 +107,7 @@ def load_folded(
     if arrangement.compiled:
         for part in (unet, decoder, encoder):
             part.forward = torch.compile(part.forward, dynamic=False)  # type: ignore[method-assign]
+    _give_back_free_memory()
     parts = cast(dict[str, Any], {"unet": unet, "vae": decoder, "image_encoder": encoder})
     return LeafPipeline(**parts, scheduler=scheduler, **options)
 
@@ -193,6 +196,12 @@ def _signature(folder: Path) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def _give_back_free_memory() -> None:
+    """Of what conversion freed, the C library keeps pages that activations do not fill; glibc can hand them back."""
+    with suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _decoder(config: Mapping[str, Any]) -> MaskDecoder:
     """The decoder that an AutoencoderKL's config, or a MaskDecoder's own, describes."""
     names = list(inspect.signature(MaskDecoder.__init__).parameters)[1:]
@@ -220,7 +229,7 @@ def _read_part(
         del wanted[name]
         owner, _, leaf = name.rpartition(".")
         kind = torch.float32 if any(part in name for part in _EXACT) else dtype
-        module.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor.to(kind), requires_grad=False)
+        module.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor.to(kind, copy=True), requires_grad=False)
     if wanted:
         raise CheckpointError(
             f"{folder}: {len(wanted)} weights are missing ({', '.join([*wanted][:3])}); copy it again"
@@ -229,11 +238,12 @@ def _read_part(
 
 
 def stored_tensors(folder: Path, *, only: Callable[[str], bool] = lambda _: True) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a folder's safetensors files, each in memory of its own.
+    """Names and tensors of a folder's safetensors files; a tensor's memory is taken back when the next is asked for.
 
     The library maps a file into memory, where all that was read of it stays until it is closed: as much again as the
-    weights. Reading needs the largest tensor alone. The format is eight bytes with the length of a JSON header, that
-    header, and the data at its offsets (https://github.com/huggingface/safetensors).
+    weights. Reading needs the largest tensor alone, and frees nothing that would leave gaps. The format is eight bytes
+    with the length of a JSON header, that header, and the data at its offsets
+    (https://github.com/huggingface/safetensors).
 
     Raises:
         CheckpointError: if a file is damaged.
@@ -246,16 +256,16 @@ def stored_tensors(folder: Path, *, only: Callable[[str], bool] = lambda _: True
                     raise ValueError("its header is longer than the file")
                 header = json.loads(stream.read(length))
                 header.pop("__metadata__", None)
-                for name, entry in header.items():
-                    if not only(name):
-                        continue
-                    tensor = torch.empty(entry["shape"], dtype=_STORED_DTYPES[entry["dtype"]])
-                    begin, end = entry["data_offsets"]
-                    stream.seek(8 + length + begin)
-                    content = tensor.reshape(-1).view(torch.uint8).numpy().data
-                    if end - begin != len(content) or stream.readinto(content) != len(content):
+                chosen = {name: entry for name, entry in header.items() if only(name)}
+                sizes = [entry["data_offsets"][1] - entry["data_offsets"][0] for entry in chosen.values()]
+                if max(sizes, default=0) > path.stat().st_size:
+                    raise ValueError("a weight is larger than the file")
+                memory = torch.empty(max(sizes, default=0), dtype=torch.uint8)
+                for (name, entry), size in zip(chosen.items(), sizes, strict=True):
+                    stream.seek(8 + length + entry["data_offsets"][0])
+                    if stream.readinto(memory[:size].numpy().data) != size:
                         raise ValueError(f"weight {name} is cut off")
-                    yield name, tensor
+                    yield name, memory[:size].view(_STORED_DTYPES[entry["dtype"]]).view(entry["shape"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise CheckpointError(f"{path}: is damaged ({reason}); copy or download it again") from error

@@ -70,9 +70,10 @@ def test_the_folded_unet_predicts_what_the_plain_one_does_at_each_of_its_timeste
     expected = unet.denoise(sample, timestep)
     folded = fold_unet(copy.deepcopy(unet), kernels, timesteps=[999, 799, 0])
     assert _relative(folded.denoise(sample, timestep), expected) < 1e-5
-    # The weights are packed for the first size, and hold for others.
-    other = _noise(1, 8, 16, 8)
-    assert _relative(folded.denoise(other, timestep), unet.denoise(other, timestep)) < 1e-5
+    # Weights are packed for a size, and again for another; where pixels are many, they are not.
+    for shape in ((1, 8, 16, 8), (16, 8, 16, 16), (2, 8, 8, 12)):
+        other = _noise(*shape)
+        assert _relative(folded.denoise(other, timestep), unet.denoise(other, timestep)) < 1e-5
 
 
 @torch.no_grad()

@@ -33,6 +33,8 @@ from leafseg.model.autoencoder import MaskDecoder
 from leafseg.model.image_encoder import ImageEncoder
 from leafseg.model.unet import MaskUNet
 
+_FEW_PIXELS = 1024
+
 
 @dataclass(frozen=True)
 class Kernels:
@@ -41,7 +43,7 @@ class Kernels:
     Attributes:
         dtype: of weights and activations; norms keep fp32 weights.
         channels_last: memory format of activations.
-        prepacked: oneDNN's convolution weights are reordered at the first call, not at every one.
+        prepacked: where pixels are few, oneDNN reorders convolution weights once for an input size, not at every call.
         winograd_channels: 3x3 convolutions of at least so many channels in and out, at enough pixels, go through
             NNPACK's Winograd kernels, in fp32 whatever ``dtype`` is; None for none.
     """
@@ -74,7 +76,7 @@ class FoldedConv(nn.Module):
         self.stride, self.padding = convolution.stride, convolution.padding
         self.weight = _stored(convolution.weight, kernels)
         self.bias = None if convolution.bias is None else convolution.bias.detach().to(kernels.dtype)
-        self._packed = False
+        self._packed_for: torch.Size | None = None
         limit = kernels.winograd_channels
         self._suits_winograd = (
             limit is not None
@@ -88,8 +90,10 @@ class FoldedConv(nn.Module):
         # The transformed kernels are 64/9 as large as the weights, and made at every call: pixels must be many.
         if self._suits_winograd and sample.shape[2] * sample.shape[3] >= 4 * sample.shape[1]:
             return self._winograd(sample)
-        if self.kernels.prepacked and not self._suits_winograd:
+        # Reordering costs as much as about twenty pixels.
+        if self.kernels.prepacked and not self._suits_winograd and sample[:, 0].numel() <= _FEW_PIXELS:
             return self._prepacked(sample)
+        self._unpack()
         return F.conv2d(sample, self.weight, self.bias, self.stride, self.padding)
 
     def _winograd(self, sample: Tensor) -> Tensor:
@@ -103,15 +107,21 @@ class FoldedConv(nn.Module):
 
     def _prepacked(self, sample: Tensor) -> Tensor:
         ones = [1, 1]
-        if not self._packed:
+        if sample.shape != self._packed_for:  # the order for one size may be hundreds of times slower at another
+            self._unpack()
             self.weight = torch.ops.mkldnn._reorder_convolution_weight(
                 self.weight, list(self.padding), list(self.stride), ones, 1, list(sample.shape)
             )
-            self._packed = True
+            self._packed_for = sample.shape
         convolve = torch.ops.mkldnn._convolution_pointwise
         padding, stride = list(self.padding), list(self.stride)
         result: Tensor = convolve(sample, self.weight, self.bias, padding, stride, ones, 1, "none", [], "")
         return result
+
+    def _unpack(self) -> None:
+        if self._packed_for is not None:
+            self.weight = _stored(self.weight.to_dense(), self.kernels)
+            self._packed_for = None
 
 
 class UpsamplingConv(nn.Module):
