@@ -556,7 +556,7 @@ def export(
 
     segmenter = load_model(model, device="cpu")
     if not isinstance(segmenter, PipelineSegmenter):
-        raise ConfigError(f"{model}: is an ensemble or exported already; export the models that it was made from")
+        raise ConfigError(f"{model}: is an ensemble, a baseline or exported already; only a LEAF model is exported")
     settings, run_split = _data_of_run(model, overrides)
     part = None
     if data is not None:
