@@ -23,6 +23,7 @@ from leafseg.evaluation.evaluate import input_grid_pipeline
 from leafseg.model.autoencoder import DECODER_ONLY, MaskDecoder, decode_pictures, encode_pictures, scale_latent
 from leafseg.model.build import build_components, build_projector, tap_grid
 from leafseg.model.feature_cache import FeatureCache, cached_tokens
+from leafseg.model.group_norm import use_quick_group_norm
 from leafseg.model.image_encoder import ImageEncoder
 from leafseg.model.projector import Projector
 from leafseg.model.recompute import recompute_activations
@@ -159,6 +160,8 @@ class LeafTask(SegmentationTask):
         super().prepare(device, autocast, run)
         self._alpha_bar = self._alpha_bar.to(device)
         self.parts.autoencoder.to(device, memory_format=torch.channels_last)
+        if device.type == "cpu":
+            use_quick_group_norm(self.parts.autoencoder)  # the pixel loss goes back through its decoder
         if self.teacher is None:
             return
         self.teacher.to(device)

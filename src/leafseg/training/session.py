@@ -20,8 +20,10 @@ from leafseg import rng
 from leafseg.config import TrainingSettings
 from leafseg.data.dataset import PositionSampler
 from leafseg.errors import CheckpointError, ConfigError
+from leafseg.model.group_norm import use_quick_group_norm
 from leafseg.training.checkpoint import TrainerState, open_checkpoint
 from leafseg.training.loading import none_left_behind, obey_the_trainer_alone, signals_held_back
+from leafseg.training.memory import keep_freed_memory
 from leafseg.training.optimizers import make_optimizer
 from leafseg.training.precision import resolve_precision
 from leafseg.training.task import TrainingTask, Validation
@@ -65,6 +67,9 @@ class Session:
         # bitsandbytes reads weights as flat memory, in rows: it would undo channels_last at its first step.
         order = torch.contiguous_format if settings.optimizer == "adamw_8bit" else torch.channels_last
         self.module.to(memory_format=order)  # type: ignore[call-overload]  # missing from torch's stubs
+        if self.device.type == "cpu":
+            keep_freed_memory()
+            use_quick_group_norm(self.module)
         task.prepare(self.device, self.accelerator.autocast, run)
         self._trained = [p for p in self.module.parameters() if p.requires_grad]
         self._averaged = _averaged(self.module, settings)
