@@ -210,6 +210,11 @@ class ModelSettings(SettingsModel):
     image_encoder_start: Literal["autoencoder", "random"] = Field(
         "autoencoder", description="weights that the image encoder starts from: a copy of the autoencoder's, or random"
     )
+    mask_decoder: Literal["frozen", "trained"] = Field(
+        "frozen",
+        description="trained: the autoencoder's decoder learns too, from the loss on the decoded mask; its encoder, which "
+        "makes the latents that are aimed at, stays as it is",
+    )
     mask_code: str = Field(
         "auto",
         description="how classes become pictures: binary; planes: one picture a class; bits: fewer pictures from four "
@@ -444,6 +449,11 @@ class Settings(SettingsModel):
         if goal.boundary_weight > 0 and goal.pixel_weight == 0:
             problems.append(
                 "objective.boundary_weight needs a loss on the decoded mask; raise objective.pixel_weight above 0"
+            )
+        if self.model.mask_decoder == "trained" and goal.pixel_weight == 0 and self.model.kind == "leaf":
+            problems.append(
+                "model.mask_decoder is trained and objective.pixel_weight 0: nothing else reaches the decoder; raise "
+                "objective.pixel_weight above 0 or set model.mask_decoder to frozen"
             )
         if goal.terminal_noise == "zeros" and goal.terminal_fraction == 0:
             problems.append(

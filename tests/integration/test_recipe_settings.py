@@ -117,3 +117,26 @@ def test_settings_that_contradict_each_other_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         override_settings(tiny_settings, overrides)
+
+
+def test_a_trained_mask_decoder_moves_alone_and_is_saved_and_resumed(
+    train_tiny: Train, data: Path, tmp_path: Path
+) -> None:
+    trained = ("model.mask_decoder=trained", "objective.pixel_weight=1", "training.learning_rate=1e-3")
+    train_tiny(data, tmp_path / "frozen", "training.steps=3", "objective.pixel_weight=1")
+    train_tiny(data, tmp_path / "whole", "training.steps=3", *trained)
+    first = train_tiny(data, tmp_path / "cut", "training.steps=3", *trained, stop_after=1)
+    assert first.status == "stopped"
+    train_tiny(data, tmp_path / "cut", "training.steps=3", *trained, resume=True)
+    frozen, whole, cut = (
+        LeafPipeline.from_pretrained(tmp_path / name).vae.state_dict() for name in ("frozen", "whole", "cut")
+    )
+    for name, weight in frozen.items():
+        in_decoder = name.startswith(("decoder.", "post_quant_conv."))
+        assert torch.equal(weight, whole[name]) != in_decoder, name
+        assert torch.equal(cut[name], whole[name]), name
+
+
+def test_a_decoder_that_nothing_teaches_is_refused(tiny_settings: Settings) -> None:
+    with pytest.raises(ConfigError, match=r"model\.mask_decoder is trained and objective\.pixel_weight 0"):
+        override_settings(tiny_settings, ["model.mask_decoder=trained", "objective.pixel_weight=0"])

@@ -61,13 +61,22 @@ def alignment_weight_at(goal: ObjectiveSettings, step: int) -> float:
 
 
 class LeafTrainable(nn.Module):
-    """Everything that LEAF trains: image encoder, U-Net, and the projector (None without alignment)."""
+    """Everything that LEAF trains: image encoder, U-Net, the projector (None without alignment), and on demand the mask
+    decoder, which is held here for its weights: it decodes as part of the autoencoder."""
 
     def __init__(
-        self, image_encoder: ImageEncoder, unet: MaskUNet, projector: Projector | None, *, tap: int, vae_config: Any
+        self,
+        image_encoder: ImageEncoder,
+        unet: MaskUNet,
+        projector: Projector | None,
+        mask_decoder: nn.Module | None,
+        *,
+        tap: int,
+        vae_config: Any,
     ) -> None:
         super().__init__()
         self.image_encoder, self.unet, self.projector = image_encoder, unet, projector
+        self.mask_decoder = mask_decoder
         self._tap, self._vae_config = tap, vae_config
 
     def forward(self, images: Tensor, noisy_latent: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -134,19 +143,34 @@ class LeafTask(SegmentationTask):
             self.parts.image_encoder,
             self.parts.unet,
             projector,
+            self._trained_decoder(),
             tap=settings.objective.alignment_tap,
             vae_config=self.parts.autoencoder.config,
         )
         self._alpha_bar = self.parts.scheduler.alphas_cumprod
         self._cache: FeatureCache | None = None
 
+    def _trained_decoder(self) -> nn.Module | None:
+        """The autoencoder's own decoder modules, if they are to learn."""
+        if self.settings.model.mask_decoder == "frozen":
+            return None
+        vae = self.parts.autoencoder
+        parts = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
+        return nn.ModuleDict({name: part for name, part in parts.items() if part is not None}).requires_grad_(True)
+
     @property
     def trained_parts(self) -> dict[str, nn.Module]:
-        return {"unet": self.parts.unet, "image encoder": self.parts.image_encoder}
+        parts = {"unet": self.parts.unet, "image encoder": self.parts.image_encoder}
+        decoder = getattr(self.module, "mask_decoder", None)
+        return parts if decoder is None else {**parts, "mask decoder": decoder}
 
     @property
     def frozen_parts(self) -> dict[str, nn.Module]:
-        return {"autoencoder": self.parts.autoencoder}
+        vae = self.parts.autoencoder
+        if self.settings.model.mask_decoder == "frozen":
+            return {"autoencoder": vae}
+        encoder = {"encoder": vae.encoder, "quant_conv": vae.quant_conv}
+        return {"mask encoder": nn.ModuleDict({name: part for name, part in encoder.items() if part is not None})}
 
     @property
     def training_only_parts(self) -> dict[str, nn.Module]:
