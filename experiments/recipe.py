@@ -44,7 +44,7 @@ def units_of(plan: dict[str, Any]) -> list[dict[str, Any]]:
                         "data": data,
                         "seed": seed,
                         "part": plan["part"],
-                        "steps": plan["steps"][data] if isinstance(plan["steps"], dict) else plan["steps"],
+                        "steps": _steps(plan, name, data),
                         "set": [
                             *plan.get("common", []),
                             *plan.get("data_settings", {}).get(data, []),
@@ -54,6 +54,12 @@ def units_of(plan: dict[str, Any]) -> list[dict[str, Any]]:
                     }
                 )
     return units
+
+
+def _steps(plan: dict[str, Any], variant: str, data: str) -> int:
+    """Optimizer steps: the plan's, of a data set where it names some, unless the variant has its own."""
+    usual = plan["steps"][data] if isinstance(plan["steps"], dict) else plan["steps"]
+    return int(plan.get("steps_of", {}).get(variant, usual))
 
 
 def is_done(unit: dict[str, Any], records: list[dict[str, Any]]) -> bool:

@@ -126,6 +126,12 @@ class CompactParts(StrEnum):
     encoder = "encoder"
 
 
+class FlipsKind(StrEnum):
+    horizontal = "horizontal"
+    vertical = "vertical"
+    both = "both"
+
+
 StepsOption = Annotated[int | None, typer.Option("--steps", min=1, help="Reverse steps; default: the model's own (1).")]
 TimestepsOption = Annotated[
     Timesteps | None,
@@ -136,6 +142,10 @@ NoiseOption = Annotated[
     typer.Option(help="Starting noise: gaussian (keyed per image) or zeros; default: the model's own."),
 ]
 SamplesOption = Annotated[int, typer.Option("--samples", min=1, help="Noise draws an image, averaged.")]
+FlipsOption = Annotated[
+    FlipsKind | None,
+    typer.Option("--flips", help="Average over mirrored copies of each image: 2 calls of the model, with both 4."),
+]
 FastOption = Annotated[
     bool, typer.Option("--fast", help="Compute in the arrangement that `leafseg benchmark` stored for this machine.")
 ]
@@ -222,6 +232,7 @@ def evaluate(
     fast: FastOption = False,
     decoder: DecoderOption = PartKind.full,
     encoder: EncoderOption = PartKind.full,
+    flips: FlipsOption = None,
     tolerance: Annotated[
         float, typer.Option(min=0, help="Of the surface Dice: in mm, or in pixels where their size is unknown.")
     ] = 2.0,
@@ -244,7 +255,7 @@ def evaluate(
     if report:
         require_report_packages()
 
-    from leafseg.ensemble import load_model
+    from leafseg.ensemble import FlippedSegmenter, load_model
     from leafseg.training.tracking import read_metrics
 
     segmenter = load_model(
@@ -258,11 +269,13 @@ def evaluate(
         decoder=decoder.value,
         encoder=encoder.value,
     )
+    shown = FlippedSegmenter(segmenter, flips.value) if flips else segmenter
     part, result = _evaluated(
-        segmenter, model, data, split, split_file=split_file, overrides=overrides, tolerance=tolerance
+        shown, model, data, split, split_file=split_file, overrides=overrides, tolerance=tolerance
     )
     result.summary.update(precision=precision.value, samples=samples)
     result.summary.update(decoder=decoder.value, encoder=encoder.value)
+    result.summary["flips"] = flips.value if flips else None
     stored = getattr(segmenter, "precision", None)  # an exported model's own, whatever the option says
     if stored is not None:
         result.summary["precision"] = stored
@@ -308,7 +321,7 @@ def evaluate(
             evaluation=result,
             metrics=read_metrics(run) if run is not None else (),
             record=_run_record(run) if run is not None else None,
-            examples=find_examples(segmenter, part, result),
+            examples=find_examples(shown, part, result),
             command=command,
         )
         print(f"report: {folder / 'report.html'}")
@@ -426,6 +439,7 @@ def predict(
     fast: FastOption = False,
     decoder: DecoderOption = PartKind.full,
     encoder: EncoderOption = PartKind.full,
+    flips: FlipsOption = None,
     probability: Annotated[bool, typer.Option(help="Also write the probability of each label.")] = False,
     overlay: Annotated[bool, typer.Option(help="Also write the image with the labels' outlines.")] = False,
     contours: Annotated[
@@ -436,7 +450,7 @@ def predict(
     ] = None,
 ) -> None:
     """Masks for new images, on their own grid."""
-    from leafseg.ensemble import load_model
+    from leafseg.ensemble import FlippedSegmenter, load_model
     from leafseg.outputs.dicom_seg import read_segment_codes
     from leafseg.predict import foreground_names, predict_files
 
@@ -452,7 +466,7 @@ def predict(
         encoder=encoder.value,
     )
     report = predict_files(
-        segmenter,
+        FlippedSegmenter(segmenter, flips.value) if flips else segmenter,
         inputs,
         out,
         output_format=output_format.value,

@@ -102,6 +102,12 @@ class AugmentationSettings(SettingsModel):
     rotation_degrees: float = Field(0.0, ge=0, le=180, description="uniform in +- this")
     scale: tuple[float, float] = Field((1.0, 1.0), description="uniform zoom range; above 1 enlarges the content")
     translation: float = Field(0.0, ge=0, le=0.5, description="uniform shift in +- this share of the side")
+    elastic: float = Field(
+        0.0,
+        ge=0,
+        le=0.1,
+        description="smooth random displacement; its standard deviation at 16 control points, as a share of the side",
+    )
     brightness: float = Field(0.0, ge=0, le=1, description="uniform offset in +- this, on the 0..1 scale")
     contrast: float = Field(0.0, ge=0, lt=1, description="uniform factor in 1 +- this, about the image's mean")
     gamma: float = Field(0.0, ge=0, lt=1, description="log-uniform exponent in exp(+- this)")
@@ -212,8 +218,8 @@ class ModelSettings(SettingsModel):
     )
     mask_decoder: Literal["frozen", "trained"] = Field(
         "frozen",
-        description="trained: the autoencoder's decoder learns too, from the loss on the decoded mask; its encoder, which "
-        "makes the latents that are aimed at, stays as it is",
+        description="trained: the autoencoder's decoder learns too, from the loss on the decoded mask; its encoder, "
+        "which makes the latents that are aimed at, stays as it is",
     )
     mask_code: str = Field(
         "auto",
@@ -709,35 +715,43 @@ _PRESETS: dict[str, dict[str, Any]] = {
 _AUGMENTATION: dict[str, dict[str, Any]] = {
     "xray": {
         "horizontal_flip": False, "vertical_flip": False, "rotation_degrees": 10.0, "scale": [0.85, 1.2],
-        "translation": 0.1, "brightness": 0.1, "contrast": 0.25, "gamma": 0.3, "saturation": 0.0, "hue": 0.0,
+        "translation": 0.1, "elastic": 0.0, "brightness": 0.1, "contrast": 0.25, "gamma": 0.3,
+        "saturation": 0.0, "hue": 0.0,
     },
     "ct": {  # Hounsfield units are calibrated: little changes in brightness
         "horizontal_flip": False, "vertical_flip": False, "rotation_degrees": 10.0, "scale": [0.85, 1.2],
-        "translation": 0.1, "brightness": 0.05, "contrast": 0.1, "gamma": 0.0, "saturation": 0.0, "hue": 0.0,
+        "translation": 0.1, "elastic": 0.0, "brightness": 0.05, "contrast": 0.1, "gamma": 0.0,
+        "saturation": 0.0, "hue": 0.0,
     },
     "mri": {  # its units are arbitrary
         "horizontal_flip": False, "vertical_flip": False, "rotation_degrees": 15.0, "scale": [0.85, 1.2],
-        "translation": 0.1, "brightness": 0.1, "contrast": 0.25, "gamma": 0.3, "saturation": 0.0, "hue": 0.0,
+        "translation": 0.1, "elastic": 0.0, "brightness": 0.1, "contrast": 0.25, "gamma": 0.3,
+        "saturation": 0.0, "hue": 0.0,
     },
     "ultrasound": {  # the probe can be turned round; depth and shadows run downwards
         "horizontal_flip": True, "vertical_flip": False, "rotation_degrees": 10.0, "scale": [0.85, 1.2],
-        "translation": 0.1, "brightness": 0.15, "contrast": 0.25, "gamma": 0.3, "saturation": 0.0, "hue": 0.0,
+        "translation": 0.1, "elastic": 0.0, "brightness": 0.15, "contrast": 0.25, "gamma": 0.3,
+        "saturation": 0.0, "hue": 0.0,
     },
     "dermoscopy": {
         "horizontal_flip": True, "vertical_flip": True, "rotation_degrees": 180.0, "scale": [0.8, 1.25],
-        "translation": 0.1, "brightness": 0.1, "contrast": 0.2, "gamma": 0.1, "saturation": 0.2, "hue": 0.02,
+        "translation": 0.1, "elastic": 0.0, "brightness": 0.1, "contrast": 0.2, "gamma": 0.1,
+        "saturation": 0.2, "hue": 0.02,
     },
     "fundus": {  # mirrored, the left eye is a right one; above and below differ
         "horizontal_flip": True, "vertical_flip": False, "rotation_degrees": 15.0, "scale": [0.85, 1.2],
-        "translation": 0.1, "brightness": 0.1, "contrast": 0.2, "gamma": 0.2, "saturation": 0.2, "hue": 0.01,
+        "translation": 0.1, "elastic": 0.0, "brightness": 0.1, "contrast": 0.2, "gamma": 0.2,
+        "saturation": 0.2, "hue": 0.01,
     },
     "endoscopy": {
         "horizontal_flip": True, "vertical_flip": True, "rotation_degrees": 180.0, "scale": [0.8, 1.25],
-        "translation": 0.1, "brightness": 0.15, "contrast": 0.2, "gamma": 0.2, "saturation": 0.2, "hue": 0.02,
+        "translation": 0.1, "elastic": 0.0, "brightness": 0.15, "contrast": 0.2, "gamma": 0.2,
+        "saturation": 0.2, "hue": 0.02,
     },
     "microscopy": {  # stains differ from laboratory to laboratory
         "horizontal_flip": True, "vertical_flip": True, "rotation_degrees": 180.0, "scale": [0.8, 1.25],
-        "translation": 0.1, "brightness": 0.1, "contrast": 0.2, "gamma": 0.2, "saturation": 0.3, "hue": 0.05,
+        "translation": 0.1, "elastic": 0.0, "brightness": 0.1, "contrast": 0.2, "gamma": 0.2,
+        "saturation": 0.3, "hue": 0.05,
     },
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +82,66 @@ class EnsembleSegmenter:
             sums = [total + one for total, one in zip(sums, found, strict=True)] if sums else found
         count = np.float32(len(self.segmenters))
         return [labelled(total / count, overlapping=self.overlapping) for total in sums]
+
+
+class FlippedSegmenter:
+    """A segmenter averaged over mirrored copies of each image: the same model, called once more for each copy.
+
+    Args:
+        segmenter: any.
+        flips: ``horizontal``: the image and its left-right mirror image; ``vertical``: and the upside-down one;
+            ``both``: all four.
+
+    Sensible where a mirrored image is one that the model could meet (skin, microscopy), and not where left and right
+    mean something.
+    """
+
+    def __init__(self, segmenter: Segmenter, flips: Flips) -> None:
+        self.segmenter, self._mirrors = segmenter, _MIRRORS[flips]
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return self.segmenter.label_names
+
+    @property
+    def overlapping(self) -> bool:
+        return self.segmenter.overlapping
+
+    @property
+    def preprocessing(self) -> PreprocessingSettings:
+        return self.segmenter.preprocessing
+
+    def read(self, path: Path, frame: int | None = None) -> NDArray[Any] | Tensor:
+        return self.segmenter.read(path, frame)
+
+    def segment(self, images: Sequence[NDArray[Any] | Tensor]) -> list[Segmentation]:
+        sums: list[NDArray[np.float32]] = []
+        for axes in self._mirrors:
+            found = [
+                np.flip(result.probability, [1 + axis for axis in axes])
+                for result in self.segmenter.segment([_mirrored(image, axes) for image in images])
+            ]
+            sums = [total + one for total, one in zip(sums, found, strict=True)] if sums else found
+        count = np.float32(len(self._mirrors))
+        return [labelled(np.ascontiguousarray(total / count), overlapping=self.overlapping) for total in sums]
+
+
+Flips = Literal["horizontal", "vertical", "both"]
+# Axes of (height, width) that are mirrored, copy by copy.
+_MIRRORS: dict[Flips, tuple[tuple[int, ...], ...]] = {
+    "horizontal": ((), (1,)),
+    "vertical": ((), (0,)),
+    "both": ((), (1,), (0,), (0, 1)),
+}
+
+
+def _mirrored(image: NDArray[Any] | Tensor, axes: tuple[int, ...]) -> NDArray[Any] | Tensor:
+    """An image ``[H, W]`` or ``[H, W, 3]``, or a tensor ``[3, H, W]``, mirrored along axes of (height, width)."""
+    if not axes:
+        return image
+    if isinstance(image, Tensor):
+        return image.flip([1 + axis for axis in axes])
+    return np.ascontiguousarray(np.flip(image, axes))
 
 
 def _differences(one: PreprocessingSettings, other: PreprocessingSettings) -> list[str]:

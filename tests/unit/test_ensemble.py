@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from leafseg.config import PreprocessingSettings
-from leafseg.ensemble import EnsembleSegmenter, load_ensemble, load_model, split_of_ensemble
+from leafseg.ensemble import EnsembleSegmenter, FlippedSegmenter, Flips, load_ensemble, load_model, split_of_ensemble
 from leafseg.errors import CheckpointError
 from leafseg.pipeline import LeafPipeline
 from leafseg.predict import PipelineSegmenter, Segmentation, load_segmenter
@@ -148,3 +148,46 @@ def test_the_split_of_an_ensemble_is_its_own_or_that_of_its_models(
 def test_models_that_write_the_same_labels_in_different_planes_are_refused() -> None:
     with pytest.raises(CheckpointError, match="write 1 and 2 probabilities"):
         said(Says((0.5,)), Says((0.5, 0.5)))
+
+
+class Brightness:
+    """Says how bright a pixel is, half as much right of the middle: not what its mirror image would say."""
+
+    label_names, overlapping, preprocessing = ("background", "foreground"), False, PreprocessingSettings()
+
+    def read(self, path: Path, frame: int | None = None) -> np.ndarray:
+        raise NotImplementedError
+
+    def segment(self, images: Sequence[np.ndarray | torch.Tensor]) -> list[Segmentation]:
+        found = []
+        for image in images:
+            grey = np.asarray(image)[0] if isinstance(image, torch.Tensor) else image / np.float32(255)
+            probability = grey.astype(np.float32).copy()
+            probability[:, probability.shape[1] // 2 :] /= 2
+            found.append(Segmentation(probability[None], (probability > 0.5).astype(np.uint8)))
+        return found
+
+
+@pytest.mark.parametrize(("flips", "factors"), [("horizontal", 0.75), ("vertical", None), ("both", 0.75)])
+def test_flips_average_over_mirror_images_on_the_images_own_grid(flips: Flips, factors: float | None) -> None:
+    image = np.random.default_rng(3).integers(0, 256, (5, 8), dtype=np.uint8)
+    tensor = torch.from_numpy(image / np.float32(255)).expand(3, 5, 8)
+    plain = Brightness().segment([image])[0].probability
+    wanted = plain if factors is None else (image * np.float32(factors) / 255)[None]
+    for given in (image, tensor):
+        (found,) = FlippedSegmenter(Brightness(), flips).segment([given])
+        np.testing.assert_allclose(found.probability, wanted, atol=1e-6)
+        np.testing.assert_array_equal(found.labels, found.probability[0] > 0.5)
+
+
+def test_flips_of_several_images_and_of_classes(tiny_pipeline: LeafPipeline) -> None:
+    model = PipelineSegmenter(tiny_pipeline, noise="zeros")
+    images = [
+        np.random.default_rng(n).integers(0, 256, size, dtype=np.uint8) for n, size in ((4, (20, 24)), (5, (9, 30)))
+    ]
+    found = FlippedSegmenter(model, "horizontal").segment(images)
+    for image, result in zip(images, found, strict=True):
+        mirror = model.segment([np.ascontiguousarray(image[:, ::-1])])[0].probability[..., ::-1]
+        straight = model.segment([image])[0].probability
+        assert np.abs(mirror - straight).max() > 1e-4
+        np.testing.assert_allclose(result.probability, (mirror + straight) / 2, atol=1e-5)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
+from leafseg import rng
 from leafseg.config import AugmentationSettings, PreprocessingSettings
 from leafseg.data.transforms import (
     AUGMENTATION_KINDS,
@@ -359,3 +360,42 @@ def test_maps_come_back_row_by_row_to_an_image_of_one_column() -> None:
     back = there.restore(maps, there.placement((16, 1)))[0, :, 0]
     assert back.shape == (16,)
     assert (back.diff() > 0.03).all()  # two of 31 steps a row
+
+
+def bent(**changes: float) -> Augmentation:
+    return Augmentation(elastic=0.03, elastic_seed=7.0, **changes)
+
+
+def test_a_bend_moves_image_labels_and_grid_alike() -> None:
+    rows, columns = torch.meshgrid(torch.linspace(0, 1, 64), torch.linspace(0, 1, 96), indexing="ij")
+    image = torch.stack([rows, columns, rows * columns])
+    labels = (image[0] > 0.5).long()
+    seen, seen_labels = augment(image, labels, bent(angle=20.0))
+    plain, _ = augment(image, labels, Augmentation(angle=20.0))
+    assert (seen - plain).abs().max() > 0.02
+    inside = (seen[1] > 0.05) & (seen[1] < 0.95) & (seen[0] > 0.05) & (seen[0] < 0.95)
+    assert ((seen_labels == (seen[0] > 0.5)) | ~inside).float().mean() > 0.99
+    small = augment_grid(torch.nn.functional.avg_pool2d(image, 8), bent(angle=20.0), image_size=(64, 96))
+    assert (small - torch.nn.functional.avg_pool2d(seen, 8)).abs()[:, 2:-2, 2:-2].max() < 0.03
+
+
+def test_a_bend_is_as_large_as_asked_and_another_for_another_seed() -> None:
+    rows = torch.linspace(-1, 1, 64)[:, None].expand(64, 64)
+    found = []
+    for seed in range(60):
+        moved, _ = augment(rows.expand(3, 64, 64), rows.long(), Augmentation(elastic=0.02, elastic_seed=float(seed)))
+        found.append((moved[0] - rows)[16:48, 16:48] / 2)  # the side is 2 long
+    shifts = torch.stack(found)
+    assert 0.5 < shifts.std().item() / 0.02 < 1.1  # between control points the surface is flatter than at them
+    assert (shifts[0] - shifts[1]).abs().max() > 0.005
+
+
+def test_a_bend_is_drawn_only_where_it_is_asked_for_and_leaves_the_other_draws() -> None:
+    one = draw_augmentation(AugmentationSettings(rotation_degrees=9), rng.generator(3, "augmentation", 5))
+    other = draw_augmentation(
+        AugmentationSettings(rotation_degrees=9, elastic=0.05), rng.generator(3, "augmentation", 5)
+    )
+    assert (one.elastic, one.elastic_seed) == (0.0, 0.0)
+    assert other.elastic_seed == int(other.elastic_seed) > 0
+    assert dataclasses.replace(other, elastic=0.0, elastic_seed=0.0) == one
+    assert unpack_augmentation(pack_augmentation(other)) == other

@@ -78,7 +78,7 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
 
         Returns:
             ``image`` float32 ``[3, h, w]`` in 0..1, ``labels`` int64 ``[h, w]`` (``IGNORE`` where nobody labelled) or
-            bool ``[C, h, w]`` for overlapping labels, ``augmentation`` float32 ``[11]`` (see
+            bool ``[C, h, w]`` for overlapping labels, ``augmentation`` float32 ``[13]`` (see
             ``transforms.unpack_augmentation``), and the ints ``index`` and ``position``.
 
         Raises:

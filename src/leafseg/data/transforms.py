@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from leafseg import rng
 from leafseg.config import AugmentationSettings, PreprocessingSettings
 from leafseg.data.images import Reading
 from leafseg.data.pixels import PixelPreprocessor, Placement
@@ -176,6 +177,8 @@ class Augmentation:
         gamma: exponent.
         saturation: factor on the colours' distance from grey of equal luma.
         hue: turn of the colours, in shares of the circle.
+        elastic: standard deviation of the control points' displacement, as a share of the side.
+        elastic_seed: a whole number below 2 ** 24, which says what displacement it is.
     """
 
     flip_horizontal: bool = False
@@ -189,9 +192,11 @@ class Augmentation:
     gamma: float = 1.0
     saturation: float = 1.0
     hue: float = 0.0
+    elastic: float = 0.0
+    elastic_seed: float = 0.0
 
 
-# Caches decide by it what they may keep: flips and affine moves can be applied to cached features, colours cannot.
+# Caches decide by it what they may keep: moves and bends can be applied to cached features, colours cannot.
 AUGMENTATION_KINDS: Mapping[str, Kind] = MappingProxyType(
     {
         "flip_horizontal": "flip",
@@ -205,6 +210,8 @@ AUGMENTATION_KINDS: Mapping[str, Kind] = MappingProxyType(
         "gamma": "photometric",
         "saturation": "photometric",
         "hue": "photometric",
+        "elastic": "geometric",
+        "elastic_seed": "geometric",
     }
 )
 AUGMENTATION_SIZE = len(fields(Augmentation))
@@ -230,11 +237,13 @@ def draw_augmentation(settings: AugmentationSettings, generator: np.random.Gener
         gamma=exact(math.exp(settings.gamma * sides[8])),
         saturation=exact(1.0 + settings.saturation * sides[9]),
         hue=exact(settings.hue * sides[10]),
+        elastic=exact(settings.elastic),
+        elastic_seed=float(int(u[11] * 2**24)) if settings.elastic > 0 else 0.0,
     )
 
 
 def pack_augmentation(augmentation: Augmentation) -> Tensor:
-    """The drawn values as a float32 vector ``[11]``, in the order of the fields, so that batches can carry them."""
+    """The drawn values as a float32 vector ``[13]``, in the order of the fields, so that batches can carry them."""
     return torch.tensor([float(value) for value in astuple(augmentation)], dtype=torch.float32)
 
 
@@ -253,7 +262,7 @@ def augment(image: Tensor, labels: Tensor, augmentation: Augmentation) -> tuple[
     """
     image, labels = _flip(image, augmentation), _flip(labels, augmentation)
     size = (image.shape[-2], image.shape[-1])
-    grid = _affine_grid(augmentation, size, image_size=size)
+    grid = _sampling_grid(augmentation, size, image_size=size)
     if grid is not None:
         image = F.grid_sample(image[None], grid, mode="bilinear", padding_mode="border", align_corners=False)[0]
         layers = labels.reshape(1, -1, *size).to(grid.dtype)
@@ -272,7 +281,7 @@ def augment_grid(features: Tensor, augmentation: Augmentation, *, image_size: tu
     """
     features = _flip(features, augmentation)
     grid_size = (features.shape[-2], features.shape[-1])
-    grid = _affine_grid(augmentation, grid_size, image_size=image_size or grid_size)
+    grid = _sampling_grid(augmentation, grid_size, image_size=image_size or grid_size)
     if grid is None:
         return features
     grid = grid.to(features.device, features.dtype)
@@ -282,6 +291,21 @@ def augment_grid(features: Tensor, augmentation: Augmentation, *, image_size: tu
 def _flip(tensor: Tensor, augmentation: Augmentation) -> Tensor:
     axes = [-1] * augmentation.flip_horizontal + [-2] * augmentation.flip_vertical
     return torch.flip(tensor, axes) if axes else tensor
+
+
+def _sampling_grid(
+    augmentation: Augmentation, out_size: tuple[int, int], *, image_size: tuple[int, int]
+) -> Tensor | None:
+    """Where each output pixel reads, ``[1, h, w, 2]``; None for the identity, which must stay exact and free."""
+    grid = _affine_grid(augmentation, out_size, image_size=image_size)
+    if augmentation.elastic == 0.0:
+        return grid
+    if grid is None:
+        grid = F.affine_grid(torch.eye(2, 3)[None], [1, 1, *out_size], align_corners=False)
+    # The same field on every grid: control points spread over the whole image, a cubic surface through them.
+    drawn = rng.generator(int(augmentation.elastic_seed), "elastic", 0).standard_normal((1, 2, 4, 4), dtype=np.float32)
+    field = F.interpolate(torch.from_numpy(drawn), out_size, mode="bicubic", align_corners=False)
+    return grid + 2.0 * augmentation.elastic * field.permute(0, 2, 3, 1)  # -1..1 is the whole side
 
 
 def _affine_grid(
