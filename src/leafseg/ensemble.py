@@ -118,7 +118,7 @@ class FlippedSegmenter:
         sums: list[NDArray[np.float32]] = []
         for axes in self._mirrors:
             found = [
-                np.flip(result.probability, [1 + axis for axis in axes])
+                np.flip(result.probability, tuple(1 + axis for axis in axes))
                 for result in self.segmenter.segment([_mirrored(image, axes) for image in images])
             ]
             sums = [total + one for total, one in zip(sums, found, strict=True)] if sums else found

@@ -160,7 +160,7 @@ class LeafTask(SegmentationTask):
 
     @property
     def trained_parts(self) -> dict[str, nn.Module]:
-        parts = {"unet": self.parts.unet, "image encoder": self.parts.image_encoder}
+        parts: dict[str, nn.Module] = {"unet": self.parts.unet, "image encoder": self.parts.image_encoder}
         decoder = getattr(self.module, "mask_decoder", None)
         return parts if decoder is None else {**parts, "mask decoder": decoder}
 
