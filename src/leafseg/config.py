@@ -332,6 +332,12 @@ class TrainingSettings(SettingsModel):
         description="steps between checkpoints; default: at each validation, or "
         "every fiftieth of the run where there is none or validate_every is set; every new best is saved",
     )
+    latent_cache_mb: int = Field(
+        512,
+        ge=0,
+        description="memory for latents of training masks, encoded once a flip; used where flips are all that "
+        "moves a mask",
+    )
     gradient_checkpointing: bool = Field(
         False,
         description="compute activations again in the backward pass instead of keeping them: less memory, about a "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -140,3 +142,26 @@ def test_a_trained_mask_decoder_moves_alone_and_is_saved_and_resumed(
 def test_a_decoder_that_nothing_teaches_is_refused(tiny_settings: Settings) -> None:
     with pytest.raises(ConfigError, match=r"model\.mask_decoder is trained and objective\.pixel_weight 0"):
         override_settings(tiny_settings, ["model.mask_decoder=trained", "objective.pixel_weight=0"])
+
+
+def test_masks_that_only_flip_are_encoded_once_and_nothing_else_changes(
+    make_task: Callable[..., LeafTask], train_tiny: Train, data: Path, tmp_path: Path
+) -> None:
+    flips = ("training.steps=4", "data.augmentation.horizontal_flip=true", "data.augmentation.vertical_flip=true")
+    train_tiny(data, tmp_path / "kept", *flips)
+    train_tiny(data, tmp_path / "anew", *flips, "training.latent_cache_mb=0")
+    train_tiny(data, tmp_path / "cut", *flips, stop_after=3)
+    train_tiny(data, tmp_path / "cut", *flips, resume=True)
+    kept, anew, cut = (LeafPipeline.from_pretrained(tmp_path / n).unet.state_dict() for n in ("kept", "anew", "cut"))
+    assert all(torch.equal(kept[name], anew[name]) and torch.equal(kept[name], cut[name]) for name in kept)
+
+    task = make_task("data.augmentation.vertical_flip=true")
+    for turned, computed in ((False, 4), (True, 0)):
+        if turned:
+            task = make_task("data.augmentation.rotation_degrees=10")
+        task.prepare(torch.device("cpu"), nullcontext, tmp_path)
+        for position in (0, 100):
+            samples = [task.dataset[position + i, i % 2] for i in range(8)]
+            batch = {name: torch.as_tensor(np.array([s[name] for s in samples])) for name in samples[0]}
+            task.loss(task.module, batch, 0)
+        assert 2 * (computed > 0) <= task._latents.computed <= 2 * computed  # two samples, up to four flips each

@@ -255,6 +255,15 @@ def unpack_augmentation(vector: Tensor) -> Augmentation:
     return Augmentation(bool(values[0]), bool(values[1]), *values[2:])
 
 
+def flips_alone(augmentation: Augmentation) -> tuple[bool, bool] | None:
+    """(horizontal, vertical), if flips are all that moves the labels, whatever happens to colours; else None."""
+    still = Augmentation()
+    for name, kind in AUGMENTATION_KINDS.items():
+        if kind == "geometric" and getattr(augmentation, name) != getattr(still, name):
+            return None
+    return augmentation.flip_horizontal, augmentation.flip_vertical
+
+
 def augment(image: Tensor, labels: Tensor, augmentation: Augmentation) -> tuple[Tensor, Tensor]:
     """Change an image ``[3, h, w]`` in 0..1 and its labels, ``[h, w]`` int64 or ``[C, h, w]`` bool, together.
 

@@ -17,7 +17,7 @@ from leafseg import rng
 from leafseg.config import ObjectiveSettings, Settings
 from leafseg.data.dataset import SegmentationDataset
 from leafseg.data.manifest import Manifest
-from leafseg.data.transforms import augment_grid, unpack_augmentation
+from leafseg.data.transforms import augment_grid, flips_alone, unpack_augmentation
 from leafseg.errors import CheckpointError
 from leafseg.evaluation.evaluate import input_grid_pipeline
 from leafseg.model.autoencoder import DECODER_ONLY, MaskDecoder, decode_pictures, encode_pictures, scale_latent
@@ -25,6 +25,7 @@ from leafseg.model.build import build_components, build_projector, tap_grid
 from leafseg.model.feature_cache import FeatureCache, cached_tokens
 from leafseg.model.group_norm import use_quick_group_norm
 from leafseg.model.image_encoder import ImageEncoder
+from leafseg.model.latent_cache import LatentCache
 from leafseg.model.projector import Projector
 from leafseg.model.recompute import recompute_activations
 from leafseg.model.teachers import Teacher, load_teacher
@@ -149,6 +150,7 @@ class LeafTask(SegmentationTask):
         )
         self._alpha_bar = self.parts.scheduler.alphas_cumprod
         self._cache: FeatureCache | None = None
+        self._latents = LatentCache(settings.training.latent_cache_mb)
 
     def _trained_decoder(self) -> nn.Module | None:
         """The autoencoder's own decoder modules, if they are to learn."""
@@ -229,8 +231,7 @@ class LeafTask(SegmentationTask):
         goal = self.settings.objective
         images = (batch["image"] * 2 - 1).to(memory_format=torch.channels_last)
         labels, known = self._known_labels(batch)  # something must be drawn where nobody labelled: background
-        with torch.no_grad(), self._autocasting():
-            mask_latent = encode_pictures(self.parts.autoencoder, self.parts.mask_code.encode(labels)).float()
+        mask_latent = self._mask_latent(labels, batch)
         noise, timesteps, terminal = self._draw(batch, mask_latent.shape[1:], seed)
 
         alpha_bar = self._alpha_bar[timesteps]
@@ -270,6 +271,19 @@ class LeafTask(SegmentationTask):
             )
             loss = loss + goal.pixel_weight * parts["pixel"]
         return {"loss": loss, **parts}
+
+    def _mask_latent(self, labels: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """What the U-Net aims at, ``[B, z, h, w]`` float32; labels that only flips have moved are encoded once."""
+
+        def encoded(rows: Tensor) -> Tensor:
+            with torch.no_grad(), self._autocasting():
+                return encode_pictures(self.parts.autoencoder, self.parts.mask_code.encode(rows)).float()
+
+        flips = [flips_alone(unpack_augmentation(vector)) for vector in batch["augmentation"].cpu()]
+        if self.settings.data.preprocessing.fit == "tile" or None in flips:  # every tile is another crop
+            return encoded(labels)
+        keys = list(zip(batch["index"].tolist(), flips, strict=True))
+        return self._latents.latents(keys, lambda i: encoded(labels[i : i + 1]))
 
     def _step_of(self, batch: dict[str, Tensor]) -> int:
         """The optimizer step (0-based) that a batch belongs to."""
