@@ -202,7 +202,7 @@ def main() -> None:
         child(json.loads(sys.argv[2]))
         return
     arguments = options.parse_args()
-    record: dict[str, Any] = {"conditions": conditions(arguments)}
+    record = {"question": "training", **conditions(arguments)}
     from leafseg.config import load_settings
 
     preset = load_settings(arguments.preset)

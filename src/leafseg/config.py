@@ -144,6 +144,12 @@ class DataSettings(SettingsModel):
         description="with preprocessing.fit tile: share of training tiles centred on a labelled pixel; the others lie "
         "anywhere",
     )
+    train_samples: int | None = Field(
+        None,
+        ge=1,
+        description="at most so many samples of the train part, chosen by their content: 50 of them are among the 200 "
+        "that a larger number takes; for learning curves",
+    )
     workers: int = Field(0, ge=0, description="data loading processes; 0 loads in the training process")
     cache_mb: int = Field(1024, ge=0, description="decoded training samples kept in memory per process")
 

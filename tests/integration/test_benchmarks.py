@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 IN_PROCESS = ("inference", "data_loading", "scaling")
-WITH_CHILDREN = ("memory", "start_up")
+WITH_CHILDREN = ("memory", "start_up", "training")
 
 
 def _module(path: Path) -> ModuleType:

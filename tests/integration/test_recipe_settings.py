@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -165,3 +166,19 @@ def test_masks_that_only_flip_are_encoded_once_and_nothing_else_changes(
             batch = {name: torch.as_tensor(np.array([s[name] for s in samples])) for name in samples[0]}
             task.loss(task.module, batch, 0)
         assert 2 * (computed > 0) <= task._latents.computed <= 2 * computed  # two samples, up to four flips each
+
+
+def test_a_smaller_training_set_is_part_of_a_larger_one_and_validation_stays(
+    make_task: Callable[..., LeafTask], train_tiny: Train, data: Path, tmp_path: Path
+) -> None:
+    sets = [
+        {sample.sha256 for sample in make_task(f"data.train_samples={count}").dataset.manifest.samples}
+        for count in (1, 2, 3, 1000)
+    ]
+    whole = {sample.sha256 for sample in make_task().dataset.manifest.samples}
+    assert [len(chosen) for chosen in sets] == [1, 2, 3, len(whole)]
+    assert sets[0] < sets[1] < sets[2] <= sets[3] == whole
+    train_tiny(data, tmp_path, "training.steps=1", "data.train_samples=2")
+    record = json.loads((tmp_path / "run.json").read_text())["record"]
+    assert record["samples"]["train"] == 2
+    assert record["samples"]["validation"] > 0

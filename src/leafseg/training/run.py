@@ -87,7 +87,10 @@ def run_training(
         "init_from": init_from,
         "split_sha256": manifest.split_sha256,
         "fold": fold,
-        "samples": {name: len(manifest.part(name)) for name in ("train", "validation", "test")},
+        "samples": {
+            "train": len(task.dataset),
+            **{name: len(manifest.part(name)) for name in ("validation", "test")},
+        },
         "versions": library_versions(),
     }
     return run_loop(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class SegmentationTask(ABC):
     def __init__(self, settings: Settings, manifest: Manifest) -> None:
         self.settings = settings
         selection = settings.training.selection_part
-        self._train, self._validation = manifest.part("train"), manifest.part(selection)
+        self._train, self._validation = self._chosen(manifest.part("train")), manifest.part(selection)
         folds = any(sample.fold is not None for sample in manifest.samples)
         remedy = (
             "choose one of its folds with --fold" if folds else "add images, or give a split file with --split-file"
@@ -72,6 +73,14 @@ class SegmentationTask(ABC):
         )
         self._autocast: Autocast | None = None
         self._device = torch.device("cpu")
+
+    def _chosen(self, train: Manifest) -> Manifest:
+        """At most ``data.train_samples`` of the samples, in their order; the same images whatever they are called."""
+        most = self.settings.data.train_samples
+        if most is None or most >= len(train):
+            return train
+        kept = sorted(range(len(train)), key=lambda i: (train.samples[i].sha256, train.samples[i].frame or 0))[:most]
+        return replace(train, samples=tuple(train.samples[i] for i in sorted(kept)))
 
     @property
     @abstractmethod
