@@ -66,11 +66,14 @@ def is_done(unit: dict[str, Any], records: list[dict[str, Any]]) -> bool:
     return any(all(row.get(key) == value for key, value in unit.items()) for row in records)
 
 
-def run(unit: dict[str, Any], data: Path, out: Path) -> dict[str, Any] | None:
-    """Train and evaluate in this process, as `leafseg train` and `leafseg evaluate` do; None if a signal stopped it."""
+def run(unit: dict[str, Any], data: Path, out: Path, *, flips: str | None = None) -> dict[str, Any] | None:
+    """Train and evaluate in this process, as `leafseg train` and `leafseg evaluate` do; None if a signal stopped it.
+
+    ``flips`` asks for a second evaluation, averaged over mirrored images.
+    """
     from leafseg.config import load_settings
     from leafseg.data.manifest import load_manifest
-    from leafseg.ensemble import load_single
+    from leafseg.ensemble import FlippedSegmenter, load_single
     from leafseg.evaluation.evaluate import evaluate
     from leafseg.training.run import library_versions, run_training
 
@@ -85,10 +88,11 @@ def run(unit: dict[str, Any], data: Path, out: Path) -> dict[str, Any] | None:
     seconds = time.time() - began
     part = load_manifest(data, settings=settings.data, run_split=folder / "split.csv").part(unit["part"])
     evaluations = {}
-    for steps in unit["inference_steps"]:
+    wanted = [(str(steps), steps, None) for steps in unit["inference_steps"]]
+    for name, steps, mirrored in [*wanted, *([("flips", unit["inference_steps"][0], flips)] if flips else [])]:
         segmenter = load_single(str(folder), num_inference_steps=steps)
-        found = evaluate(segmenter, part)
-        evaluations[str(steps)] = {
+        found = evaluate(FlippedSegmenter(segmenter, mirrored) if mirrored else segmenter, part)
+        evaluations[name] = {
             "classes": found.summary["classes"],
             "rows": [
                 [row.name, row.label, *(None if v is None else round(v, 5) for v in (row.dice, row.iou, row.nsd))]
@@ -146,7 +150,8 @@ def main() -> None:
         unit = missing[0]
         print(f"{len(missing)} left: {unit['data']} {unit['variant']} seed {unit['seed']}", flush=True)
         try:
-            row = run(unit, arguments.data / unit["data"], arguments.out)
+            flips = plans[arguments.plan].get("flips", {}).get(unit["variant"])
+            row = run(unit, arguments.data / unit["data"], arguments.out, flips=flips)
         except Exception as error:  # one idea that cannot be trained must not cost the others
             failed.add(json.dumps(unit))
             print(f"FAILED {unit['variant']}: {error}", flush=True)

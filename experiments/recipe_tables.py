@@ -19,7 +19,7 @@ NOT_RUN = "not run"
 METRICS = {"Dice": 2, "IoU": 3, "surface Dice at 2 px": 4}  # column of a record's rows
 
 
-def images_of(record: dict[str, Any], *, steps: int = 1, column: int = 2) -> dict[str, float]:
+def images_of(record: dict[str, Any], *, steps: int | str = 1, column: int = 2) -> dict[str, float]:
     """Each image's figure, the mean over its classes; images where none can be measured are left out."""
     found = defaultdict(list)
     for row in record["evaluations"][str(steps)]["rows"]:
@@ -109,6 +109,15 @@ def section(plan: dict[str, Any], records: list[dict[str, Any]]) -> list[str]:
                 for data in plan["data"] if mine[name, data]
             ]  # fmt: skip
             lines += [f"{name}, {steps_here} reverse steps:", "", *table(["data", "Dice"], rows or [["all", NOT_RUN]])]
+    for name, flips in plan.get("flips", {}).items():
+        rows = []
+        for data in plan["data"]:
+            got = [record for record in mine[name, data] if "flips" in record["evaluations"]]
+            if got:
+                gain = matrix(got, steps="flips") - matrix(got)
+                rows.append([data, text(bootstrap_seeds_and_images(gain), signed=True)])
+        lines += [f"{name}, averaged over mirrored images ({flips}) against the plain image:", ""]
+        lines += table(["data", "Dice gained"], rows or [["all", NOT_RUN]])
     for one, other in plan.get("pooled", []):
         gains = [matrix(mine[one, d]) - matrix(mine[other, d]) for d in plan["data"] if mine[one, d] and mine[other, d]
                  and len(mine[one, d]) == len(mine[other, d])]  # fmt: skip
