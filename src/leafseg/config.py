@@ -144,6 +144,11 @@ class DataSettings(SettingsModel):
         description="with preprocessing.fit tile: share of training tiles centred on a labelled pixel; the others lie "
         "anywhere",
     )
+    soft_labels: bool = Field(
+        False,
+        description="train on the share of each input pixel that a label covers instead of one label a pixel: small "
+        "objects keep their size when masks are shrunk; not with fit tile or ignored pixels",
+    )
     train_samples: int | None = Field(
         None,
         ge=1,

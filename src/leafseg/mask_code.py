@@ -62,7 +62,12 @@ class MaskCode(ABC):
 
     @abstractmethod
     def encode(self, labels: Tensor) -> Tensor:
-        """Pictures ``[B, n_channels, H, W]`` in -1..1 of labels ``[B, H, W]`` (overlapping: bool ``[B, C, H, W]``)."""
+        """Pictures ``[B, n_channels, H, W]`` in -1..1.
+
+        Args:
+            labels: ids ``[B, H, W]``; overlapping: bool ``[B, C, H, W]``; or of any code the share of each pixel that
+                an output covers, float ``[B, n_outputs, H, W]`` in 0..1, whose pictures are grey at outlines.
+        """
 
     @abstractmethod
     def logits(self, decoded: Tensor) -> Tensor:
@@ -128,7 +133,7 @@ def foreground(labels: Tensor) -> Tensor:
 
 
 def _grey_pictures(planes: Tensor) -> Tensor:
-    """One black-and-white picture a plane: 0 or 1 in ``[B, P, H, W]`` to -1 or 1 in ``[B, 3 P, H, W]``."""
+    """One grey picture a plane: 0..1 in ``[B, P, H, W]`` to -1..1 in ``[B, 3 P, H, W]``."""
     return (planes.float() * 2 - 1).repeat_interleave(PICTURE_CHANNELS, 1)
 
 
@@ -170,7 +175,7 @@ class BinaryMaskCode(_IndependentCode):
         return 1
 
     def encode(self, labels: Tensor) -> Tensor:
-        return _grey_pictures((labels > 0)[:, None])
+        return _grey_pictures(labels if labels.is_floating_point() else (labels > 0)[:, None])
 
     def labels(self, probability: Tensor) -> Tensor:
         return (probability[:, 0] > 0.5).to(torch.int64)
@@ -234,6 +239,8 @@ class PlanesMaskCode(_ExclusiveCode):
         self.num_pictures = len(label_names) - 1
 
     def encode(self, labels: Tensor) -> Tensor:
+        if labels.is_floating_point():
+            return _grey_pictures(labels[:, 1:])
         classes = torch.arange(1, self.n_outputs, device=labels.device)
         return _grey_pictures(labels[:, None] == classes[:, None, None])
 
@@ -260,6 +267,9 @@ class BitsMaskCode(_ExclusiveCode):
         return labels[..., None] >> torch.arange(self.num_pictures, device=labels.device) & 1
 
     def encode(self, labels: Tensor) -> Tensor:
+        if labels.is_floating_point():
+            bits = self._bits(torch.arange(self.n_outputs, device=labels.device)).to(labels.dtype)  # [C, P]
+            return _grey_pictures(torch.einsum("cp,bchw->bphw", bits, labels))
         return _grey_pictures(self._bits(labels).movedim(-1, 1))
 
     def logits(self, decoded: Tensor) -> Tensor:

@@ -122,20 +122,25 @@ def pixel_loss(
 
     Args:
         logits: ``[B, C, H, W]``; C = 1 is a binary foreground.
-        target: labels ``[B, H, W]`` (integer), or bool ``[B, C, H, W]`` for overlapping labels.
+        target: labels ``[B, H, W]`` (integer); bool ``[B, C, H, W]`` for overlapping labels; or the share of each pixel
+            that a channel covers, float ``[B, C, H, W]`` in 0..1.
         exclusive: whether the C > 1 channels compete (softmax) or not (sigmoid each).
         known: bool ``[B, H, W]``, the pixels that count; None counts all. The target elsewhere may be any valid label.
         boundary_weight: pixels within two of an outline of the target count ``1 + boundary_weight`` times in the
             cross-entropy, and all together as much as before.
 
     The Dice term is a mean over samples and channels; its smoothing of one pixel makes an empty target worth an
-    all-background answer instead of an undefined one.
+    all-background answer instead of an undefined one. Its overlap is the smaller of probability and target, which of
+    labels is their product; of shares the product would ask for 1 wherever a share is large.
+
+    Source: Dice semimetric loss (arXiv 2303.16296) for shares.
     """
     channels = logits.shape[1]
+    shares = target.is_floating_point()
     if channels > 1 and exclusive:
         entropy = F.cross_entropy(logits, target, reduction="none")[:, None]
         probability = logits.softmax(1)
-        wanted = F.one_hot(target, channels).movedim(-1, 1).to(logits.dtype)
+        wanted = target if shares else F.one_hot(target, channels).movedim(-1, 1).to(logits.dtype)
     else:
         wanted = (target[:, None] if target.ndim == 3 else target).to(logits.dtype)
         entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
@@ -146,16 +151,16 @@ def pixel_loss(
     if known is not None:
         entropy = entropy * _share_of_mean(known)[:, None]
         probability, wanted = probability * known[:, None], wanted * known[:, None]
-    overlap = (probability * wanted).sum((2, 3))
+    overlap = (torch.minimum(probability, wanted) if shares else probability * wanted).sum((2, 3))
     total = probability.sum((2, 3)) + wanted.sum((2, 3))
     dice = (2 * overlap + 1) / (total + 1)
     return entropy.mean() + (1 - dice).mean()
 
 
 def near_outline(masks: Tensor, reach: int = 2) -> Tensor:
-    """Bool ``[B, 1, H, W]``: pixels with both values of some channel of masks ``[B, C, H, W]`` within ``reach``."""
+    """Bool ``[B, 1, H, W]``: pixels with both sides of an outline of masks ``[B, C, H, W]`` within ``reach``."""
     highest, negative_lowest = (F.max_pool2d(m, 2 * reach + 1, 1, reach) for m in (masks, -masks))
-    return (highest + negative_lowest > 0).any(1, keepdim=True)
+    return (highest + negative_lowest > 0.5).any(1, keepdim=True)
 
 
 def terminal_positions(uniforms: Tensor, terminal_fraction: float) -> Tensor:

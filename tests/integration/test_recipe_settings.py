@@ -182,3 +182,15 @@ def test_a_smaller_training_set_is_part_of_a_larger_one_and_validation_stays(
     record = json.loads((tmp_path / "run.json").read_text())["record"]
     assert record["samples"]["train"] == 2
     assert record["samples"]["validation"] > 0
+
+
+@pytest.mark.parametrize("kind", ["leaf", "unet"])
+def test_soft_labels_train_and_change_what_is_learned(
+    kind: str, train_tiny: Train, data: Path, tmp_path: Path, make_task: Callable[..., LeafTask]
+) -> None:
+    chosen = ("training.steps=2", f"model.kind={kind}", "objective.pixel_weight=1")
+    hard = train_tiny(data, tmp_path / "hard", *chosen)
+    soft = train_tiny(data, tmp_path / "soft", *chosen, "data.soft_labels=true")
+    assert hard.status == soft.status == "finished"
+    losses = [read_metrics(tmp_path / name)[0]["train/loss"] for name in ("hard", "soft")]
+    assert losses[0] != losses[1]

@@ -20,6 +20,7 @@ from leafseg.data.transforms import (
     draw_augmentation,
     draw_tile,
     pack_augmentation,
+    with_background,
 )
 from leafseg.errors import DataError
 
@@ -39,6 +40,8 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         foreground_tiles: with fit ``tile``, a sample is one tile of its image, keyed by the position; this share of
             them is centred on a labelled pixel.
         with_labels: False reads no masks; all labels are 0.
+        soft_labels: give the share of each input pixel that a label covers. Not with fit ``tile``, which resizes
+            nothing, nor where some pixels have no label.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         cache_mb: int,
         foreground_tiles: float = 0.5,
         with_labels: bool = True,
+        soft_labels: bool = False,
     ) -> None:
         unmasked = [sample.name for sample in manifest.samples if not sample.has_labels]
         if unmasked and with_labels:
@@ -64,6 +68,8 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         self.cache_mb = cache_mb
         self.foreground_tiles = foreground_tiles
         self.with_labels = with_labels
+        resized = preprocessor.settings.fit != "tile"
+        self.soft_labels = soft_labels and with_labels and resized and manifest.label_map.ignore is None
         self._cache: dict[int, tuple[Tensor, Tensor]] = {}
         self._cached_bytes = 0
 
@@ -78,7 +84,8 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
 
         Returns:
             ``image`` float32 ``[3, h, w]`` in 0..1, ``labels`` int64 ``[h, w]`` (``IGNORE`` where nobody labelled) or
-            bool ``[C, h, w]`` for overlapping labels, ``augmentation`` float32 ``[13]`` (see
+            bool ``[C, h, w]`` for overlapping labels, or with soft labels shares, float32 ``[K, h, w]`` in 0..1 (see
+            ``Preprocessor.apply_label_shares``), ``augmentation`` float32 ``[13]`` (see
             ``transforms.unpack_augmentation``), and the ints ``index`` and ``position``.
 
         Raises:
@@ -97,11 +104,16 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
             )
         image = image_bytes.float() / 255.0
         overlapping = self.with_labels and self.manifest.label_map.overlapping
-        labels = label_bytes.bool() if overlapping else label_bytes.long()
+        if self.soft_labels:
+            labels = label_bytes.float() / 255.0
+        else:
+            labels = label_bytes.bool() if overlapping else label_bytes.long()
         change = Augmentation()
         if self.augmentation is not None:
             change = draw_augmentation(self.augmentation, rng.generator(self.seed, "augmentation", position))
             image, labels = augment(image, labels, change)
+            if self.soft_labels and not overlapping and len(labels) > 1:
+                labels = with_background(labels[1:])  # beyond the border, and where shares were rounded
         return {
             "image": image,
             "labels": labels,
@@ -125,7 +137,12 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
             classes = np.zeros(pixels.shape[1:], np.uint8)
         try:
             image, placement = self.preprocessor.apply(pixels)
-            labels = self.preprocessor.apply_labels(classes, placement)
+            if self.soft_labels:
+                count = len(self.manifest.label_map.names)
+                shares = self.preprocessor.apply_label_shares(classes, placement, classes=count)
+                labels = (shares * 255.0).round()
+            else:
+                labels = self.preprocessor.apply_labels(classes, placement)
         except DataError as error:
             raise DataError(f"{sample.image}: {error}") from error
         decoded = (image * 255.0).round().to(torch.uint8), labels.to(torch.uint8)

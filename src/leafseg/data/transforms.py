@@ -92,6 +92,31 @@ class Preprocessor:
         placed = _pad(tensor, placement)[0]  # [1 or C, h, w]
         return placed[0].long() if labels.ndim == 2 else placed.bool()
 
+    def apply_label_shares(
+        self, labels: NDArray[np.uint8] | NDArray[np.bool_], placement: Placement, *, classes: int
+    ) -> Tensor:
+        """How much of each input pixel a label covers, float32 ``[K, h, w]`` in 0..1, by antialiased resizing.
+
+        Args:
+            labels, placement: as of :meth:`apply_labels`.
+            classes: C with the background; of exclusive labels K is C, or 1 (the foreground) where C is 2. Overlapping
+                labels have their own K.
+
+        Raises:
+            DataError: if the labels are not on the image's grid.
+        """
+        if labels.shape[-2:] != placement.source_size:
+            self.apply_labels(labels, placement)  # raises
+        tensor = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.uint8))
+        if labels.ndim == 2:
+            ids = torch.arange(1, classes, dtype=torch.uint8)
+            tensor = tensor == ids[:, None, None]
+        planes = tensor[None].float()
+        if placement.source_size != placement.content_size:
+            planes = F.interpolate(planes, placement.content_size, mode="bilinear", antialias=True).clamp(0.0, 1.0)
+        planes = _pad(planes, placement)[0]
+        return with_background(planes) if labels.ndim == 2 and classes > 2 else planes
+
     def restore(self, maps: Tensor, placement: Placement) -> Tensor:
         """Maps ``[C, h, w]`` on the network input's grid (probabilities) back to the source grid, ``[C, H, W]``.
 
@@ -105,6 +130,11 @@ class Preprocessor:
         if tuple(content.shape[1:]) == placement.source_size:
             return content
         return F.interpolate(content[None], placement.source_size, mode="bilinear", antialias=True)[0]
+
+
+def with_background(planes: Tensor) -> Tensor:
+    """Shares of the foreground classes ``[K, h, w]``, and before them what they leave over, ``[1 + K, h, w]``."""
+    return torch.cat([(1.0 - planes.sum(0, keepdim=True)).clamp(min=0.0), planes])
 
 
 def _pad(images: Tensor, placement: Placement) -> Tensor:
@@ -265,9 +295,10 @@ def flips_alone(augmentation: Augmentation) -> tuple[bool, bool] | None:
 
 
 def augment(image: Tensor, labels: Tensor, augmentation: Augmentation) -> tuple[Tensor, Tensor]:
-    """Change an image ``[3, h, w]`` in 0..1 and its labels, ``[h, w]`` int64 or ``[C, h, w]`` bool, together.
+    """Change an image ``[3, h, w]`` in 0..1 and its labels together.
 
-    Beyond the border the image repeats its edge and the labels are background.
+    Labels are ``[h, w]`` int64, ``[C, h, w]`` bool, or shares ``[K, h, w]`` float, which are interpolated. Beyond the
+    border the image repeats its edge and the labels are background: of shares all are 0.
     """
     image, labels = _flip(image, augmentation), _flip(labels, augmentation)
     size = (image.shape[-2], image.shape[-1])
@@ -275,7 +306,8 @@ def augment(image: Tensor, labels: Tensor, augmentation: Augmentation) -> tuple[
     if grid is not None:
         image = F.grid_sample(image[None], grid, mode="bilinear", padding_mode="border", align_corners=False)[0]
         layers = labels.reshape(1, -1, *size).to(grid.dtype)
-        sampled = F.grid_sample(layers, grid, mode="nearest", padding_mode="zeros", align_corners=False)
+        mode = "bilinear" if labels.is_floating_point() else "nearest"
+        sampled = F.grid_sample(layers, grid, mode=mode, padding_mode="zeros", align_corners=False)
         labels = sampled.reshape(labels.shape).to(labels.dtype)
     return _change_colours(image, augmentation), labels
 

@@ -70,6 +70,7 @@ class SegmentationTask(ABC):
             seed=settings.training.seed,
             cache_mb=settings.data.cache_mb,
             foreground_tiles=settings.data.foreground_tiles,
+            soft_labels=settings.data.soft_labels,
         )
         self._autocast: Autocast | None = None
         self._device = torch.device("cpu")
