@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,16 @@ def is_done(unit: dict[str, Any], records: list[dict[str, Any]]) -> bool:
     return any(all(row.get(key) == value for key, value in unit.items()) for row in records)
 
 
-def run(unit: dict[str, Any], data: Path, out: Path, *, flips: str | None = None) -> dict[str, Any] | None:
+def run(
+    unit: dict[str, Any], data: Path, out: Path, *, base: Sequence[str] = (), flips: str | None = None
+) -> dict[str, Any] | None:
     """Train and evaluate in this process, as `leafseg train` and `leafseg evaluate` do; None if a signal stopped it.
 
-    ``flips`` asks for a second evaluation, averaged over mirrored images.
+    Args:
+        unit: of :func:`units_of`.
+        data, out: the data set's folder, and where runs and cached features go.
+        base: settings below the unit's: what the preset said when the plan began.
+        flips: asks for a second evaluation, averaged over mirrored images.
     """
     from leafseg.config import load_settings
     from leafseg.data.manifest import load_manifest
@@ -79,7 +86,7 @@ def run(unit: dict[str, Any], data: Path, out: Path, *, flips: str | None = None
 
     cache = f"teacher.cache_dir={out / 'features'}"
     extra = [f"training.seed={unit['seed']}", f"training.steps={unit['steps']}", cache]
-    settings = load_settings("leaf-tiny", overrides=[*unit["set"], *extra])
+    settings = load_settings("leaf-tiny", overrides=[*base, *unit["set"], *extra])
     folder = out / f"{unit['plan']}-{unit['data']}-{unit['variant']}-{unit['seed']}"
     began = time.time()
     result = run_training(settings, data, folder, resume=True)
@@ -150,8 +157,14 @@ def main() -> None:
         unit = missing[0]
         print(f"{len(missing)} left: {unit['data']} {unit['variant']} seed {unit['seed']}", flush=True)
         try:
-            flips = plans[arguments.plan].get("flips", {}).get(unit["variant"])
-            row = run(unit, arguments.data / unit["data"], arguments.out, flips=flips)
+            plan = plans[arguments.plan]
+            row = run(
+                unit,
+                arguments.data / unit["data"],
+                arguments.out,
+                base=plan.get("base", []),
+                flips=plan.get("flips", {}).get(unit["variant"]),
+            )
         except Exception as error:  # one idea that cannot be trained must not cost the others
             failed.add(json.dumps(unit))
             print(f"FAILED {unit['variant']}: {error}", flush=True)

@@ -74,6 +74,9 @@ def section(plan: dict[str, Any], records: list[dict[str, Any]]) -> list[str]:
     steps = json.dumps(plan["steps"]).strip('"')
     seeds = ", ".join(map(str, plan["seeds"]))
     lines = [f"## {plan['title']}", "", plan["text"], ""]
+    if "base" in plan:
+        shared = [*plan["base"], *plan.get("common", [])]
+        lines += [f"All variants stand on `leaf-tiny` with `{' '.join(shared)}`.", ""]
     lines += [
         f"{done} of {len(units)} trainings are recorded; {steps} optimizer steps, seeds {seeds}; figures on the "
         f"{plan['part']} part at original resolution, with 95 % bootstrap intervals over images"
