@@ -31,13 +31,14 @@ def read_records() -> list[dict[str, Any]]:
 
 
 def units_of(plan: dict[str, Any]) -> list[dict[str, Any]]:
-    """The plan's trainings in order: variant by variant within a seed, all data sets of one."""
+    """The plan's trainings in order: variant by variant within a seed, or with ``data_first`` set by set."""
     units = []
     for seed in plan["seeds"]:
-        for name in plan["order"]:
-            for data in plan["data"]:
-                if data not in plan.get("only", {}).get(name, plan["data"]):
-                    continue
+        pairs = [(name, data) for name in plan["order"] for data in plan["data"]]
+        if plan.get("data_first"):
+            pairs.sort(key=lambda pair: plan["data"].index(pair[1]))
+        for name, data in pairs:
+            if data in plan.get("only", {}).get(name, plan["data"]):
                 units.append(
                     {
                         "plan": plan["name"],
