@@ -24,6 +24,7 @@ LEARNING_RATE, STEPS = 0.0015, 330
 COMMAND = """leafseg ablate --data DATA/busi --data DATA/cxr_lungs --data DATA/isic2018 --out ablation \\
     --preset leaf-tiny --steps 330 --seeds 1337,1338 --inference-steps 1,10 \\
     --set objective.terminal_fraction=0 --set objective.pixel_weight=0 --set training.learning_rate=0.0015 \\
+    --set objective.terminal_noise=gaussian --set model.mask_decoder=frozen --set data.soft_labels=false \\
     --set training.validations=3 --set training.validation_samples=60 --set model.mask_code=binary \\
     --records docs/results/runs.jsonl"""
 

@@ -90,7 +90,7 @@ def paper_grid(settings: Settings) -> tuple[Settings, list[Axis]]:
     """What the paper varies: prediction type by alignment, off and on (with the settings' own weight).
 
     Epsilon allows neither terminal samples nor a loss on the decoded mask, and the cells must differ in nothing else:
-    both are set to 0 for all of them.
+    both are set to 0 for all of them, and with them go a start from zeros and a trained mask decoder.
 
     Raises:
         ConfigError: if the settings train without alignment.
@@ -100,7 +100,15 @@ def paper_grid(settings: Settings) -> tuple[Settings, list[Axis]]:
         raise ConfigError("objective.alignment_weight is 0, so that there is no alignment to switch off; set --vary")
     if settings.objective.terminal_fraction > 0 or settings.objective.pixel_weight > 0:
         log.info("ablation: objective.terminal_fraction and objective.pixel_weight are 0 in all cells, for epsilon")
-    settings = override_settings(settings, ["objective.terminal_fraction=0", "objective.pixel_weight=0"])
+    settings = override_settings(
+        settings,
+        [
+            "objective.terminal_fraction=0",
+            "objective.terminal_noise=gaussian",
+            "objective.pixel_weight=0",
+            "model.mask_decoder=frozen",
+        ],
+    )
     kinds = Axis("objective.prediction_type", ("sample", "v_prediction", "epsilon"))
     return settings, [kinds, Axis("objective.alignment_weight", (0, weight))]
 

@@ -107,7 +107,8 @@ def run_demo(out: Path, *, minutes: float = 4.0, seed: int = 1337, overrides: Se
     test = manifest.part("test")
     segmenter = load_segmenter(str(run))
     evaluation = evaluate(segmenter, test)
-    evaluation.summary.update(model=str(run), part="test", precision="fp32", noise="gaussian", samples=1)
+    noise = segmenter.pipeline.config["noise"]
+    evaluation.summary.update(model=str(run), part="test", precision="fp32", noise=noise, samples=1)
     evaluation.save(out / "evaluation")
     _write_masks(segmenter, test, out / "masks")
     page = out / "report.html"
