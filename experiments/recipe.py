@@ -38,7 +38,8 @@ def units_of(plan: dict[str, Any]) -> list[dict[str, Any]]:
         if plan.get("data_first"):
             pairs.sort(key=lambda pair: plan["data"].index(pair[1]))
         for name, data in pairs:
-            if data in plan.get("only", {}).get(name, plan["data"]):
+            wanted = seed in plan.get("seeds_of", {}).get(name, plan["seeds"])
+            if wanted and data in plan.get("only", {}).get(name, plan["data"]):
                 units.append(
                     {
                         "plan": plan["name"],
