@@ -34,6 +34,7 @@ MODES: dict[str, list[str]] = {
     "shipped": [],
     "shipped, fp32": ["training.precision=fp32"],
     "shipped, live teacher": ["teacher.features=live"],
+    "shipped, no alignment": ["objective.alignment_weight=0"],
     "shipped, images decoded each time": ["data.cache_mb=0"],
     "shipped, one loading process": ["data.workers=1"],
     "shipped, PyTorch's own norm gradient": [],

@@ -15,6 +15,7 @@ from recipe import PLANS, RECORDS, is_done, read_records, units_of
 from leafseg.evaluation.intervals import Interval, bootstrap_seeds_and_images
 
 PAGE = RECORDS.parent / "recipe.md"
+IDEAS = PLANS.parent / "recipe_ideas.md"
 NOT_RUN = "not run"
 METRICS = {"Dice": 2, "IoU": 3, "surface Dice at 2 px": 4}  # column of a record's rows
 
@@ -170,6 +171,7 @@ def main() -> None:
     ]
     for plan in plans:
         lines += section(plan, records)
+    lines.append(IDEAS.read_text())
     PAGE.write_text("\n".join(lines).rstrip() + "\n")
 
 
