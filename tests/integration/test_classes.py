@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from leafseg.config import Settings, override_settings
 from leafseg.data.images import read_image, write_png
 from leafseg.data.manifest import IGNORE, load_manifest
+from leafseg.data.transforms import Augmentation, pack_augmentation
 from leafseg.model.autoencoder import encode_pictures
 from leafseg.pipeline import LeafPipeline
 from leafseg.runs import checkpoint_folder
@@ -96,7 +97,14 @@ def test_what_ignored_pixels_hold_reaches_no_loss(data: Path, tiny_settings: Set
     image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     labels = torch.zeros(2, 32, 32, dtype=torch.int64)
     labels[:, 8:16, 8:24] = 1
-    batch = {"image": image, "labels": labels, "position": torch.arange(2), "index": torch.arange(2)}
+    turned = pack_augmentation(Augmentation(angle=5.0))  # latents of moved masks are not kept from one call to the next
+    batch = {
+        "image": image,
+        "labels": labels,
+        "augmentation": torch.stack([turned, turned]),
+        "position": torch.arange(2),
+        "index": torch.arange(2),
+    }
 
     def losses(changed: torch.Tensor) -> dict[str, float]:
         return {name: value.item() for name, value in task.loss(task.module, {**batch, "labels": changed}, 0).items()}
