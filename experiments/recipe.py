@@ -36,7 +36,7 @@ def units_of(plan: dict[str, Any]) -> list[dict[str, Any]]:
     for seed in plan["seeds"]:
         pairs = [(name, data) for name in plan["order"] for data in plan["data"]]
         if plan.get("data_first"):
-            pairs.sort(key=lambda pair: plan["data"].index(pair[1]))
+            pairs.sort(key=lambda pair: (pair[0] in plan.get("last", []), plan["data"].index(pair[1])))
         for name, data in pairs:
             wanted = seed in plan.get("seeds_of", {}).get(name, plan["seeds"])
             if wanted and data in plan.get("only", {}).get(name, plan["data"]):
