@@ -249,7 +249,8 @@ def load_segmenter(
     Raises:
         CheckpointError: if the model cannot be loaded, has no such number of steps, no stored fast mode, or lacks a
             compact part that is asked for.
-        ConfigError: if ``fast`` meets a precision, device or compact part of one's own.
+        ConfigError: if ``fast`` meets a precision, device or compact part of one's own, or if several draws are asked
+            of a start from zeros.
     """
     if fast:
         if precision != "fp32" or device not in (None, "cpu"):
@@ -265,6 +266,11 @@ def load_segmenter(
     limit = int(pipeline.scheduler.config["num_train_timesteps"])
     if num_inference_steps is not None and not 1 <= num_inference_steps <= limit:
         raise CheckpointError(f"{model}: --steps is {num_inference_steps}; the model's schedule has 1..{limit}")
+    if num_samples > 1 and (noise or pipeline.config["noise"]) == "zeros":
+        raise ConfigError(
+            f"--samples is {num_samples}, and {model} starts from zeros, so that every draw is the same; leave "
+            "--samples out, or draw with --noise gaussian"
+        )
     place = execution_device(device)
     pipeline.to(place)
     parts = (pipeline.unet, pipeline.vae, pipeline.image_encoder, pipeline.compact_decoder, pipeline.compact_encoder)

@@ -15,6 +15,7 @@ from leafseg.config import Settings, override_settings
 from leafseg.data.manifest import load_manifest
 from leafseg.errors import ConfigError
 from leafseg.pipeline import LeafPipeline
+from leafseg.predict import load_segmenter
 from leafseg.training.leaf_task import LeafTask, alignment_weight_at
 from leafseg.training.tracking import read_metrics
 from leafseg.training.trainer import TrainingResult
@@ -69,6 +70,9 @@ def test_a_model_starts_from_what_it_was_trained_to_start_from(train_tiny: Train
     assert torch.equal(own, pipeline(image, noise="zeros").probability)
     assert torch.equal(own, pipeline(image, generator=torch.Generator().manual_seed(5)).probability)
     assert not torch.equal(own, pipeline(image, noise="gaussian").probability)
+    with pytest.raises(ConfigError, match=r"--samples is 3.*starts from zeros.*--noise gaussian"):
+        load_segmenter(str(tmp_path), num_samples=3)
+    assert load_segmenter(str(tmp_path), num_samples=3, noise="gaussian")
 
 
 def test_the_alignment_fades_as_a_cosine_and_then_costs_nothing(
