@@ -99,7 +99,10 @@ def paper_grid(settings: Settings) -> tuple[Settings, list[Axis]]:
     if weight == 0:
         raise ConfigError("objective.alignment_weight is 0, so that there is no alignment to switch off; set --vary")
     if settings.objective.terminal_fraction > 0 or settings.objective.pixel_weight > 0:
-        log.info("ablation: objective.terminal_fraction and objective.pixel_weight are 0 in all cells, for epsilon")
+        log.info(
+            "ablation: objective.terminal_fraction and objective.pixel_weight are 0, objective.terminal_noise is "
+            "gaussian and model.mask_decoder frozen in all cells, for epsilon"
+        )
     settings = override_settings(
         settings,
         [
@@ -339,15 +342,22 @@ def _recorded(
     mine = _flat(cell_settings(settings, unit.cell, unit.seed).model_dump(mode="json"))
     for row in read_records(records):
         if all(row.get(name) == value for name, value in wanted.items()):
-            # A setting that only a newer version knows stood at its default in effect.
-            theirs = _flat(row["settings"])
-            if all(theirs[name] == mine[name] for name in theirs.keys() & mine.keys() if name not in _FREE):
+            # A setting that only a newer version knows stood at its own default in effect, not at a preset's value.
+            theirs = {**_flat(Settings().model_dump(mode="json")), **_flat(row["settings"])}
+            if all(theirs.get(name) == value for name, value in mine.items() if name not in _FREE):
                 return row
     return None
 
 
 # Change no number that a unit gives.
-_FREE = ("teacher.cache_dir", "teacher.cache_mb", "data.workers", "data.cache_mb", "training.save_every")
+_FREE = (
+    "teacher.cache_dir",
+    "teacher.cache_mb",
+    "data.workers",
+    "data.cache_mb",
+    "training.save_every",
+    "training.latent_cache_mb",
+)
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -359,8 +359,8 @@ class TrainingSettings(SettingsModel):
     )
     inference_dtype: WeightsDtype = Field(
         "fp32",
-        description="number format of the saved inference folder; the frozen autoencoder is rounded to it before "
-        "training begins, so that training sees the decoder that will be used",
+        description="number format of the saved inference folder; the autoencoder is rounded to it before "
+        "training begins, so that training sees the decoder that will be used (where it is frozen)",
     )
     # What the released code does otherwise; the defaults are the corrected behaviour.
     ema_parts: Literal["all", "unet"] = Field(

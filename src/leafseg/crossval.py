@@ -33,7 +33,7 @@ _OPTIONS_FILE = "split.json"
 _ROWS_FILE = "rows.json"
 # Settings that change no number of a finished training.
 _FREE: dict[str, Any] = {
-    "training": {"steps", "minutes", "save_every", "micro_batch_size", "gradient_checkpointing"},
+    "training": {"steps", "minutes", "save_every", "micro_batch_size", "gradient_checkpointing", "latent_cache_mb"},
     "data": {"workers", "cache_mb"},
     "teacher": {"cache_dir", "cache_mb"},
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from leafseg.config import DataSettings, Noise, PreprocessingSettings, TimestepSpacing, load_settings, override_settings
 from leafseg.errors import CheckpointError
-from leafseg.predict import Precision, Segmentation
+from leafseg.predict import Precision, Segmentation, refuse_equal_draws
 from leafseg.runtime import Runtime, load, read_folder
 
 
@@ -94,6 +94,7 @@ def load_exported(
         )
     if device not in (None, "cpu"):
         raise CheckpointError(f"{folder}: the device is {device}, and exported models run on the CPU; leave it out")
+    refuse_equal_draws(str(folder), num_samples, noise or runtime.folder.noise)
     return ExportedSegmenter(runtime, noise=noise, num_samples=num_samples)
 
 

@@ -142,7 +142,6 @@ class LeafPipeline(DiffusionPipeline):
         )
         self.preprocessor = Preprocessor(PreprocessingSettings.model_validate(preprocessing))
         self.mask_code: MaskCode = make_mask_code(mask_code["name"], tuple(mask_code["label_names"]))
-        self.vae.requires_grad_(False)
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -199,6 +198,8 @@ class LeafPipeline(DiffusionPipeline):
             for part in (part for part in ("unet", "vae", "image_encoder", *stored) if part not in kwargs):
                 _check_weights(folder / part, getattr(pipe, part))
                 own_memory(getattr(pipe, part))
+            # Not in __init__: a training makes pipelines over modules that it is training.
+            pipe.vae.requires_grad_(False)
         except CheckpointError:
             raise
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, ConfigError) as error:

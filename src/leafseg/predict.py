@@ -261,16 +261,13 @@ def load_segmenter(
         if arrangement is not None:
             steps: dict[str, Any] = {"num_inference_steps": num_inference_steps, "timesteps": timesteps}
             folded = load_folded(model, arrangement, **steps)
+            refuse_equal_draws(model, num_samples, noise or folded.config["noise"])
             return PipelineSegmenter(folded, noise=noise, num_samples=num_samples, arrangement=arrangement, **steps)
     pipeline = LeafPipeline.from_pretrained(model, decoder=decoder, encoder=encoder)
     limit = int(pipeline.scheduler.config["num_train_timesteps"])
     if num_inference_steps is not None and not 1 <= num_inference_steps <= limit:
         raise CheckpointError(f"{model}: --steps is {num_inference_steps}; the model's schedule has 1..{limit}")
-    if num_samples > 1 and (noise or pipeline.config["noise"]) == "zeros":
-        raise ConfigError(
-            f"--samples is {num_samples}, and {model} starts from zeros, so that every draw is the same; leave "
-            "--samples out, or draw with --noise gaussian"
-        )
+    refuse_equal_draws(model, num_samples, noise or pipeline.config["noise"])
     place = execution_device(device)
     pipeline.to(place)
     parts = (pipeline.unet, pipeline.vae, pipeline.image_encoder, pipeline.compact_decoder, pipeline.compact_encoder)
@@ -285,6 +282,19 @@ def load_segmenter(
         num_samples=num_samples,
         autocast=autocast_of(precision, place),
     )
+
+
+def refuse_equal_draws(model: str, num_samples: int, noise: str) -> None:
+    """Several draws of a start from zeros would be one answer, several times.
+
+    Raises:
+        ConfigError: if that is what is asked for.
+    """
+    if num_samples > 1 and noise == "zeros":
+        raise ConfigError(
+            f"--samples is {num_samples}, and {model} starts from zeros, so that every draw is the same; leave "
+            "--samples out, or draw with --noise gaussian"
+        )
 
 
 def execution_device(device: str | None) -> torch.device:
@@ -830,7 +840,7 @@ def _is_read_in_pieces(segmenter: Segmenter, path: Path) -> TypeGuard[PipelineSe
     if height * width > MAX_PIXELS:
         raise DataError(
             f"{path}: the image is {width}x{height}; more than {MAX_PIXELS:,} pixels are segmented in tiles, which "
-            "needs a single model trained with --set data.preprocessing.fit=tile; or shrink the image"
+            "needs a single model trained with --set data.preprocessing.fit=tile, without --flips; or shrink the image"
         )
     return False
 

@@ -132,7 +132,8 @@ def test_a_trained_mask_decoder_moves_alone_and_is_saved_and_resumed(
     trained = ("model.mask_decoder=trained", "objective.pixel_weight=1", "training.learning_rate=1e-3")
     train_tiny(data, tmp_path / "frozen", "training.steps=3", "objective.pixel_weight=1")
     train_tiny(data, tmp_path / "whole", "training.steps=3", *trained)
-    first = train_tiny(data, tmp_path / "cut", "training.steps=3", *trained, stop_after=1)
+    # It stops right after a validation and a save, which must not freeze what they looked at.
+    first = train_tiny(data, tmp_path / "cut", "training.steps=3", *trained, stop_after=2)
     assert first.status == "stopped"
     train_tiny(data, tmp_path / "cut", "training.steps=3", *trained, resume=True)
     frozen, whole, cut = (
@@ -142,6 +143,32 @@ def test_a_trained_mask_decoder_moves_alone_and_is_saved_and_resumed(
         in_decoder = name.startswith(("decoder.", "post_quant_conv."))
         assert torch.equal(weight, whole[name]) != in_decoder, name
         assert torch.equal(cut[name], whole[name]), name
+
+
+def test_looking_at_a_model_freezes_nothing_of_it(make_task: Callable[..., LeafTask], tmp_path: Path) -> None:
+    task = make_task("model.mask_decoder=trained", "objective.pixel_weight=1")
+    learning = [name for name, weight in task.module.named_parameters() if weight.requires_grad]
+    task.prepare(torch.device("cpu"), nullcontext, tmp_path)
+    task.segmenter()
+    task.save_inference(tmp_path / "model")
+    assert any(name.startswith("mask_decoder.") for name in learning)
+    assert [name for name, weight in task.module.named_parameters() if weight.requires_grad] == learning
+    loaded = LeafPipeline.from_pretrained(tmp_path / "model")
+    assert not any(weight.requires_grad for weight in loaded.vae.parameters())
+
+
+@pytest.mark.parametrize("code", ["planes", "bits"])
+def test_soft_labels_of_two_classes_go_with_a_code_of_classes(
+    code: str, make_task: Callable[..., LeafTask], tmp_path: Path
+) -> None:
+    losses = {}
+    for soft in ("true", "false"):
+        task = make_task(f"data.soft_labels={soft}", f"model.mask_code={code}", "objective.pixel_weight=1")
+        task.prepare(torch.device("cpu"), nullcontext, tmp_path)
+        samples = [task.dataset[i, i] for i in range(2)]
+        batch = {name: torch.as_tensor(np.array([s[name] for s in samples])) for name in samples[0]}
+        losses[soft] = task.loss(task.module, batch, 0)["pixel"].item()
+    assert losses["true"] == pytest.approx(losses["false"], rel=0.2)  # the same masks, with softer outlines
 
 
 def test_a_decoder_that_nothing_teaches_is_refused(tiny_settings: Settings) -> None:

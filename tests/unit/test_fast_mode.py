@@ -53,6 +53,15 @@ def test_the_folded_pipeline_gives_the_plain_ones_probabilities(model: Path, ste
     assert plain.probability.std() > 0.01  # something to agree on
 
 
+def test_the_folded_pipeline_starts_from_what_the_model_starts_from(model: Path) -> None:
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({**index, "noise": "zeros"}))
+    plain = LeafPipeline.from_pretrained(model)
+    folded = load_folded(str(model), Arrangement())
+    assert folded.config["noise"] == plain.config["noise"] == "zeros"
+    torch.testing.assert_close(folded(_picture()).probability, plain(_picture()).probability, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_a_model_stored_in_half_precision_folds_as_it_loads(
     tiny_pipeline: LeafPipeline, tmp_path: Path, dtype: str

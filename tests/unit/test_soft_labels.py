@@ -65,6 +65,17 @@ def test_without_resizing_shares_are_the_labels() -> None:
     np.testing.assert_array_equal(overlapping, several)
 
 
+def test_a_mask_that_becomes_one_pixel_wide_keeps_its_rows() -> None:
+    labels = np.zeros((400, 4), np.uint8)
+    labels[200:] = 1
+    prepared = preprocessor((16, 16), fit="pad")
+    placement = prepared.placement((400, 4))
+    assert placement.content_size == (16, 1)
+    column = prepared.apply_label_shares(labels, placement, classes=2)[0][:, placement.left]
+    assert column[:7].max() < 0.1
+    assert column[9:].min() > 0.9
+
+
 def test_labels_of_another_grid_are_refused() -> None:
     prepared = preprocessor()
     with pytest.raises(DataError, match="mask is 5x4, image is 24x16"):

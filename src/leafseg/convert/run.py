@@ -491,6 +491,7 @@ def _to_released(folder: Path | None, source: str, out: Path, *, dtype: WeightsD
     vae = _read_module(AutoencoderKL, path / "vae")
     encoder = _read_module(ImageEncoder, path / "image_encoder")
     scheduler = _read_scheduler(path / "scheduler")
+    noise = read_config(path, "model_index.json").get("noise", "gaussian")
     if code.name != "binary":
         raise CheckpointError(
             f"{source}: the released layout cannot hold mask code {code.name} ({code.num_pictures} pictures for "
@@ -519,6 +520,11 @@ def _to_released(folder: Path | None, source: str, out: Path, *, dtype: WeightsD
         ),
     }
     report = ConversionReport("pipeline", source, str(out))
+    if noise == "zeros":
+        report.notes.append(
+            "the model starts from zeros, which has no place there: the released code starts from random noise, which "
+            "the model was not trained for"
+        )
     if code.label_names != ("background", "foreground"):
         report.notes.append(f"the label names {', '.join(code.label_names)} have no place there")
     with new_folder(out) as partial, progress_bar("writing", total=len(tables)) as bar:

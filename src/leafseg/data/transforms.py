@@ -113,7 +113,11 @@ class Preprocessor:
             tensor = tensor == ids[:, None, None]
         planes = tensor[None].float()
         if placement.source_size != placement.content_size:
-            planes = F.interpolate(planes, placement.content_size, mode="bilinear", antialias=True).clamp(0.0, 1.0)
+            height, width = placement.content_size
+            turned = width == 1  # torch 2.13 repeats the first row of results that are one pixel wide
+            planes, size = (planes.mT, (width, height)) if turned else (planes, (height, width))
+            planes = F.interpolate(planes, size, mode="bilinear", antialias=True).clamp(0.0, 1.0)
+            planes = planes.mT if turned else planes
         planes = _pad(planes, placement)[0]
         return with_background(planes) if labels.ndim == 2 and classes > 2 else planes
 

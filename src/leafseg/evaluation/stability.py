@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -37,6 +38,8 @@ from leafseg.progress import progress_bar
 if TYPE_CHECKING:
     from leafseg.config import DataSettings
     from leafseg.pipeline import LeafPipeline
+
+log = logging.getLogger(__name__)
 
 # What is reported, by field name, in words.
 METRICS: Mapping[str, str] = {
@@ -366,6 +369,12 @@ def _compared_models(models: Mapping[str, str], manifest: Manifest, steps: Seque
     first_labels: tuple[str, ...] = ()
     for name, source in models.items():
         pipeline = load_segmenter(source).pipeline
+        if pipeline.config["noise"] == "zeros":
+            log.warning(
+                "%s: the model was trained to start from zeros, and has one answer an image; stability feeds it the "
+                "noise that other models start from",
+                source,
+            )
         labels = pipeline.label_names
         if pipeline.mask_code.n_outputs != 1:
             raise CheckpointError(

@@ -131,7 +131,10 @@ def dry_run(
         peak_bytes=_peak_bytes(session.device),
         trainer_bytes=weights + average + optimizer_bytes(session.optimizer),
         inference_bytes=each_weight * sum((*trained.values(), *frozen.values())),
-        samples={name: len(manifest.part(name)) for name in ("train", "validation", "test")},
+        samples={
+            "train": len(task.dataset),
+            **{name: len(manifest.part(name)) for name in ("validation", "test")},
+        },
         batch_size=training.batch_size,
         steps=steps,
         validations=len(validation_steps(training, steps)),

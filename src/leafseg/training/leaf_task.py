@@ -185,7 +185,11 @@ class LeafTask(SegmentationTask):
     def prepare(self, device: torch.device, autocast: Autocast, run: Path) -> None:
         super().prepare(device, autocast, run)
         self._alpha_bar = self._alpha_bar.to(device)
-        self.parts.autoencoder.to(device, memory_format=torch.channels_last)
+        vae = self.parts.autoencoder.to(device)
+        flat = self.settings.training.optimizer == "adamw_8bit" and self.settings.model.mask_decoder == "trained"
+        for part in (vae.encoder, vae.quant_conv) if flat else (vae,):  # see Session on the 8-bit optimizer
+            if part is not None:
+                part.to(memory_format=torch.channels_last)
         if device.type == "cpu":
             use_quick_group_norm(self.parts.autoencoder)  # the pixel loss goes back through its decoder
         if self.teacher is None:
@@ -231,6 +235,9 @@ class LeafTask(SegmentationTask):
         goal = self.settings.objective
         images = (batch["image"] * 2 - 1).to(memory_format=torch.channels_last)
         labels, known = self._known_labels(batch)  # something must be drawn where nobody labelled: background
+        code = self.parts.mask_code
+        if labels.is_floating_point() and code.exclusive and labels.shape[1] < code.n_outputs:
+            labels = torch.cat([1 - labels, labels], 1)  # a code of classes drawing two of them
         mask_latent = self._mask_latent(labels, batch)
         noise, timesteps, terminal = self._draw(batch, mask_latent.shape[1:], seed)
 

@@ -363,7 +363,7 @@ def _explain_kept_budget(run: Path, total: int, record: dict[str, Any], settings
 _FREE = ("settings.training.steps", "settings.training.minutes", "settings.data.workers", "settings.data.cache_mb",
          "settings.training.save_every", "settings.training.validations", "settings.training.validation_samples",
          "settings.training.micro_batch_size", "settings.training.gradient_checkpointing",
-         "settings.teacher.cache_dir", "settings.teacher.cache_mb")  # fmt: skip
+         "settings.training.latent_cache_mb", "settings.teacher.cache_dir", "settings.teacher.cache_mb")  # fmt: skip
 # Free as well, unless they decide when dropout acts.
 _FREE_AT_ONCE = ("settings.training.validate_every", "settings.training.validate_from")
 
