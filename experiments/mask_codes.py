@@ -234,7 +234,7 @@ def page(record: dict) -> str:
         "# Mask codes: what the shipped autoencoder carries",
         "",
         "A mask code draws labels as pictures, and the frozen autoencoder compresses each picture. Which drawings",
-        f"come back? Labels are resized to {SIZE} px (as `leaf-tiny` does), drawn, encoded, decoded and read; Dice is",
+        f"come back? Labels are resized to {SIZE} px (one label a pixel), drawn, encoded, decoded and read; Dice is",
         f"that of the labels with themselves. Shipped codes must reach {WANTED} for every class of `wbc`. Written by:",
         "",
         "```",
