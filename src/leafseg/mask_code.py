@@ -5,8 +5,8 @@ itself, and their latents are stacked along the channels: a code with two pictur
 eight-channel mask latent. Everything else (U-Net channels, pipeline, evaluation) follows from the code's attributes, so
 that a new code needs no change elsewhere: subclass, ``register_mask_code``, name it in ``model.mask_code``.
 
-All codes here draw black-and-white pictures, of soft labels with grey outlines: the shipped autoencoder was trained on such masks, and carries classes
-that are drawn as colours badly or not at all (docs/results/mask_codes.md).
+All codes here draw black-and-white pictures, of soft labels with grey outlines: the shipped autoencoder was trained on
+such masks, and carries classes that are drawn as colours badly or not at all (docs/results/mask_codes.md).
 """
 
 from __future__ import annotations

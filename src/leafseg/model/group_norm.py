@@ -1,8 +1,8 @@
 """Group normalisation whose gradient does not crawl on a CPU.
 
 PyTorch's CPU gradient of group normalisation walks channels_last tensors channel group by channel group. With few
-channels a group (16 channels at full resolution in 8 groups) it takes as long as several convolutions; the same gradient
-in sums and products of whole rows takes a fraction of that (docs/performance.md).
+channels a group (16 channels at full resolution in 8 groups) it takes as long as several convolutions; the same
+gradient in sums and products of whole rows takes a fraction of that (docs/performance.md).
 """
 
 from __future__ import annotations

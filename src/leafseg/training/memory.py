@@ -17,8 +17,8 @@ def keep_freed_memory() -> bool:
     """Let glibc keep what this process frees, for its next request; True if it agreed.
 
     Each step of a training on a CPU asks for the same tensors again. glibc gives large blocks back to the system as
-    soon as they are freed, and every page of the next one is then cleared and mapped anew (docs/performance.md says what
-    that costs). In return the process holds what it once needed for longer. On other systems than Linux with glibc
+    soon as they are freed, and every page of the next one is then cleared and mapped anew (docs/performance.md says
+    what that costs). In return the process holds what it once needed for longer. On other systems than Linux with glibc
     nothing is done.
     """
     if platform.libc_ver()[0] != "glibc":
