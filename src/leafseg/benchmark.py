@@ -30,6 +30,7 @@ from leafseg.model.folded import prepacking_is_available, winograd_is_available
 from leafseg.pipeline import LeafPipeline
 
 PLAIN = "plain"
+CompactChoice = Literal["none", "decoder", "encoder", "both"]
 # Channels from which Winograd's kernels are tried.
 _WINOGRAD_CHANNELS = {"fp32": 64, "bf16": 256}
 
@@ -102,8 +103,8 @@ class Benchmark:
         return {**self.conditions, "compared_images": self.compared_images, "best": best, "rows": rows}
 
 
-def candidates(*, compiled: bool = False) -> dict[str, Arrangement]:
-    """The arrangements that this machine can compute in, by name."""
+def candidates(*, compiled: bool = False, compact: CompactChoice = "none") -> dict[str, Arrangement]:
+    """The arrangements that this machine can compute in, by name; with ``compact``, those with light parts too."""
     found: dict[str, Arrangement] = {}
     packing, winograd = prepacking_is_available(), winograd_is_available()
     dtypes: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16") if multiplies_in_bf16() else ("fp32",)
@@ -120,6 +121,9 @@ def candidates(*, compiled: bool = False) -> dict[str, Arrangement]:
             )
         if compiled:
             found[f"{dtype}, folded, compiled"] = Arrangement(dtype=dtype, compiled=True)
+    if compact != "none":
+        which = "compact" if compact == "both" else f"compact {compact}"
+        found |= {f"{name}, {which}": replace(made, compact=compact) for name, made in found.items()}
     return found
 
 
@@ -132,6 +136,7 @@ def run_benchmark(
     num_inference_steps: int | None = None,
     timesteps: TimestepSpacing | None = None,
     compiled: bool = False,
+    compact: CompactChoice = "none",
     max_error: float = 0.03,
     min_agreement: float = 0.999,
     arrangements: Mapping[str, Arrangement] | None = None,
@@ -146,6 +151,8 @@ def run_benchmark(
         repeats: timed calls of each, after one that is not timed.
         num_inference_steps, timesteps: default: the model's own.
         compiled: also try ``torch.compile``: minutes.
+        compact: also try the light parts of ``leafseg compact``. Their latents are others, so that the bar for them is
+            the agreement alone, and images are needed.
         max_error: bar on the latent's relative error.
         min_agreement: bar on the mean agreement of masks, where it could be measured.
         arrangements: instead of :func:`candidates`.
@@ -153,13 +160,23 @@ def run_benchmark(
 
     Raises:
         CheckpointError: if the model cannot be loaded.
-        ConfigError: if a number is out of range.
+        ConfigError: if a number is out of range, or compact parts are asked for without images.
         DataError: if an image cannot be read.
     """
     if min(batch, repeats) < 1:
         raise ConfigError(f"batch is {batch}, repeats {repeats}; both are at least 1")
+    if compact != "none" and not images:
+        raise ConfigError(
+            "compact parts are judged by their masks, and no images are given; name a folder of them with --images"
+        )
     steps: dict[str, Any] = {"num_inference_steps": num_inference_steps, "timesteps": timesteps}
     plain = LeafPipeline.from_pretrained(model)
+    light = {"decoder": compact in ("decoder", "both"), "encoder": compact in ("encoder", "both")}
+    for part, wanted in light.items():
+        if wanted and getattr(plain, f"compact_{part}") is None:
+            raise CheckpointError(
+                f"{model}: has no compact {part}; `leafseg compact {model} --images DIR --out DIR` makes one"
+            )
     read = [_read(plain, path) for path in images]
     inputs = _inputs(plain, read, batch)
     reference = _outputs(plain, inputs, steps)
@@ -184,7 +201,7 @@ def run_benchmark(
             worst_agreement=min(agreement) if agreement else None,
         )
 
-    chosen = candidates(compiled=compiled) if arrangements is None else arrangements
+    chosen = candidates(compiled=compiled, compact=compact) if arrangements is None else arrangements
     for name, arrangement in chosen.items():
         try:
             folded = load_folded(model, arrangement, **steps)
@@ -293,8 +310,10 @@ def _outputs(pipeline: LeafPipeline, inputs: Tensor, steps: Mapping[str, Any]) -
     visited = pipeline.visited_timesteps(steps["num_inference_steps"], steps["timesteps"])
     shape = pipeline.latent_shape((inputs.shape[-2], inputs.shape[-1]))
     noise = torch.from_numpy(rng.normal(0, "benchmark-noise", 0, (len(inputs), *shape)))
-    latent = pipeline.mask_latent(inputs, noise, visited=visited)
-    return latent, pipeline.probability_of(latent)
+    if pipeline.config["noise"] == "zeros":
+        noise.zero_()
+    latent = pipeline.mask_latent(inputs, noise, visited=visited, encoder=pipeline.encoder)
+    return latent, pipeline.probability_of(latent, pipeline.decoder)
 
 
 def _agreements(masks: Sequence[Tensor], others: Sequence[Tensor]) -> list[float]:
@@ -308,6 +327,8 @@ def _relative_error(got: Tensor, expected: Tensor) -> float:
 
 
 def _within(row: Row, max_error: float, min_agreement: float) -> bool:
+    if row.arrangement.compact != "none":
+        return row.agreement is not None and row.agreement >= min_agreement
     if row.latent_error is None or not row.latent_error <= max_error:  # NaN is outside too
         return False
     return row.agreement is None or row.agreement >= min_agreement

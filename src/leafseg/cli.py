@@ -604,6 +604,10 @@ def benchmark(
     steps: StepsOption = None,
     timesteps: TimestepsOption = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Also try torch.compile: minutes.")] = False,
+    compact: Annotated[
+        CompactParts | None,
+        typer.Option("--compact", help="Also try the light parts of `leafseg compact`; they need --images."),
+    ] = None,
     max_error: Annotated[float, typer.Option(min=0, help="Bar: relative error of the mask latent.")] = 0.03,
     min_agreement: Annotated[float, typer.Option(min=0, max=1, help="Bar: mean Dice with the plain masks.")] = 0.999,
     out: Annotated[Path | None, typer.Option(help="JSON file for the figures, besides fast_mode.json.")] = None,
@@ -626,6 +630,7 @@ def benchmark(
         num_inference_steps=steps,
         timesteps=timesteps.value if timesteps else None,
         compiled=compiled,
+        compact=compact.value if compact else "none",
         max_error=max_error,
         min_agreement=min_agreement,
         report=lambda row: print(_benchmark_line(row), flush=True),

@@ -26,7 +26,8 @@ from leafseg.errors import CheckpointError, DataError
 from leafseg.files import read_json, write_json_atomic
 from leafseg.hardware import library_versions, processor
 from leafseg.model.autoencoder import MaskDecoder
-from leafseg.model.folded import Kernels, fold_decoder, fold_encoder, fold_unet, winograd_is_available
+from leafseg.model.compact import CompactImageEncoder, CompactMaskDecoder
+from leafseg.model.folded import Kernels, fold_compact, fold_decoder, fold_encoder, fold_unet, winograd_is_available
 from leafseg.model.image_encoder import ImageEncoder
 from leafseg.model.unet import MaskUNet
 from leafseg.pipeline import LeafPipeline, check_folder
@@ -51,6 +52,7 @@ class Arrangement:
         channels_last, prepacked, winograd_channels: of the kernels.
         compiled: through ``torch.compile``, which needs a C++ compiler and a minute at each start.
         threads: of torch; None leaves them.
+        compact: which parts are the light ones of ``leafseg compact``; the full ones are then not read.
     """
 
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -59,6 +61,7 @@ class Arrangement:
     winograd_channels: int | None = None
     compiled: bool = False
     threads: int | None = None
+    compact: Literal["none", "decoder", "encoder", "both"] = "none"
 
     def kernels(self) -> Kernels:
         return Kernels(_DTYPES[self.dtype], self.channels_last, self.prepacked, self.winograd_channels)
@@ -99,17 +102,43 @@ def load_folded(
         plain = _read_part(folder / "unet", MaskUNet.from_config, kernels.dtype)
         visited = visited_timesteps(options, scheduler, num_inference_steps, timesteps)
         unet = fold_unet(plain, kernels, timesteps=visited)
-        decoder = fold_decoder(_read_part(folder / "vae", _decoder, kernels.dtype, only=_of_decoder), kernels)
-        encoder = fold_encoder(_read_part(folder / "image_encoder", ImageEncoder.from_config, kernels.dtype), kernels)
+        parts = {"unet": unet, **_decoders(folder, arrangement), **_encoders(folder, arrangement)}
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{model}: cannot be loaded for fast mode ({reason}); copy or train it again") from error
     if arrangement.compiled:
-        for part in (unet, decoder, encoder):
-            part.forward = torch.compile(part.forward, dynamic=False)  # type: ignore[method-assign]
+        for part in parts.values():
+            if not any(weight.is_meta for weight in part.parameters()):
+                part.forward = torch.compile(part.forward, dynamic=False)
     _give_back_free_memory()
-    parts = cast(dict[str, Any], {"unet": unet, "vae": decoder, "image_encoder": encoder})
-    return LeafPipeline(**parts, scheduler=scheduler, **options)
+    pipeline = LeafPipeline(**cast(dict[str, Any], parts), scheduler=scheduler, **options)
+    pipeline.decoder = "compact" if "compact_decoder" in parts else "full"
+    pipeline.encoder = "compact" if "compact_encoder" in parts else "full"
+    return pipeline
+
+
+def _decoders(folder: Path, arrangement: Arrangement) -> dict[str, nn.Module]:
+    """The mask decoder, or the compact one; the full one then tells its config alone, with no memory behind it."""
+    kernels = arrangement.kernels()
+    if arrangement.compact not in ("decoder", "both"):
+        plain = _read_part(folder / "vae", _decoder, kernels.dtype, only=_of_decoder)
+        return {"vae": fold_decoder(plain, kernels)}
+    with torch.device("meta"):
+        told = _decoder(json.loads((folder / "vae" / "config.json").read_text()))
+    place = folder / "compact_decoder"
+    compact = _read_part(place, CompactMaskDecoder.from_config, kernels.dtype)
+    return {"vae": told, "compact_decoder": fold_compact(compact, kernels)}
+
+
+def _encoders(folder: Path, arrangement: Arrangement) -> dict[str, nn.Module]:
+    kernels = arrangement.kernels()
+    place = folder / "image_encoder"
+    if arrangement.compact not in ("encoder", "both"):
+        return {"image_encoder": fold_encoder(_read_part(place, ImageEncoder.from_config, kernels.dtype), kernels)}
+    with torch.device("meta"):
+        told = ImageEncoder.from_config(json.loads((place / "config.json").read_text()))
+    compact = _read_part(folder / "compact_encoder", CompactImageEncoder.from_config, kernels.dtype)
+    return {"image_encoder": told, "compact_encoder": fold_compact(compact, kernels)}
 
 
 def visited_timesteps(
@@ -173,6 +202,7 @@ def _arrangement(**stored: Any) -> Arrangement:
     switches = (made.channels_last, made.prepacked, made.compiled)
     if (
         made.dtype not in _DTYPES
+        or made.compact not in ("none", "decoder", "encoder", "both")
         or not all(type(number) is int and number > 0 for number in numbers)
         or not all(type(switch) is bool for switch in switches)
     ):

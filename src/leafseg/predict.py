@@ -256,7 +256,10 @@ def load_segmenter(
         if precision != "fp32" or device not in (None, "cpu"):
             raise ConfigError("fast mode has its own precision, on the CPU; leave out --precision and the device")
         if "compact" in (decoder, encoder):
-            raise ConfigError("fast mode is of the full parts; leave out --fast, or --decoder and --encoder compact")
+            raise ConfigError(
+                "fast mode takes the parts that it was measured with (`leafseg benchmark --compact` measures the light "
+                "ones); leave out --fast, or --decoder and --encoder compact"
+            )
         arrangement = read_fast_mode(model)
         if arrangement is not None:
             steps: dict[str, Any] = {"num_inference_steps": num_inference_steps, "timesteps": timesteps}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from leafseg.fast_mode import (
     stored_tensors,
     write_fast_mode,
 )
+from leafseg.model.compact import CompactImageEncoder, CompactMaskDecoder
 from leafseg.model_folder import save_model_folder
 from leafseg.pipeline import LeafPipeline
 from leafseg.predict import load_segmenter
@@ -230,3 +232,57 @@ def test_a_benchmark_without_calls_is_refused(model: Path) -> None:
     with pytest.raises(ConfigError, match="repeats 0"):
         run_benchmark(str(model), repeats=0)
     assert Benchmark((), None, 0, {}).to_json()["best"] is None
+
+
+@pytest.fixture
+def with_compact_parts(model: Path) -> Path:
+    """A model whose full parts were made light ones with random weights."""
+    pipeline = LeafPipeline.from_pretrained(model)
+    torch.manual_seed(3)
+    decoder = CompactMaskDecoder.for_autoencoder(pipeline.vae.config, width=16, blocks=1)
+    encoder = CompactImageEncoder.for_encoder(pipeline.image_encoder.config, width=32, blocks=1)
+    pipeline.register_modules(compact_decoder=decoder.eval(), compact_encoder=encoder.eval())
+    save_model_folder(pipeline, model)
+    return model
+
+
+@pytest.mark.parametrize("compact", ["decoder", "encoder", "both"])
+def test_compact_parts_fold_and_the_full_ones_are_not_read(
+    with_compact_parts: Path, compact: Literal["decoder", "encoder", "both"]
+) -> None:
+    chosen = {name: "compact" if compact in (name, "both") else "full" for name in ("decoder", "encoder")}
+    plain = LeafPipeline.from_pretrained(with_compact_parts, **chosen)(_picture()).probability
+    for name, part in (("vae", "decoder"), ("image_encoder", "encoder")):
+        if chosen[part] == "compact":
+            (with_compact_parts / name / WEIGHTS).write_bytes(b"nobody reads it")
+    folded = load_folded(str(with_compact_parts), Arrangement(compact=compact))
+    torch.testing.assert_close(folded(_picture()).probability, plain, rtol=0, atol=1e-5)
+    assert plain.std() > 0.01
+    half = load_folded(str(with_compact_parts), Arrangement(dtype="bf16", compact=compact))(_picture()).probability
+    assert (half - plain).abs().max() < 0.1
+
+
+def test_a_benchmark_of_compact_parts_is_judged_by_masks_alone(with_compact_parts: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no images are given"):
+        run_benchmark(str(with_compact_parts), compact="both")
+    write_png(tmp_path / "a.png", (_picture()[0].permute(1, 2, 0).numpy() * 255).astype("uint8"))
+    seen = []
+    found = run_benchmark(
+        str(with_compact_parts),
+        images=[tmp_path / "a.png"],
+        repeats=1,
+        compact="both",
+        min_agreement=0.0,
+        report=seen.append,
+    )
+    light = [row for row in found.rows if row.arrangement.compact == "both"]
+    assert light
+    assert len(light) == len(found.rows) - len(light)
+    assert all(row.error is None for row in light)
+    assert [row.name for row in seen] == [row.name for row in found.rows]
+
+
+def test_compact_parts_that_are_not_there_are_named(model: Path, tmp_path: Path) -> None:
+    write_png(tmp_path / "a.png", (_picture()[0].permute(1, 2, 0).numpy() * 255).astype("uint8"))
+    with pytest.raises(CheckpointError, match=r"has no compact decoder; `leafseg compact"):
+        run_benchmark(str(model), images=[tmp_path / "a.png"], compact="decoder")

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from leafseg.errors import CheckpointError
 from leafseg.model.autoencoder import MaskDecoder
+from leafseg.model.compact import CompactImageEncoder, CompactMaskDecoder
 from leafseg.model.image_encoder import ImageEncoder
 from leafseg.model.unet import MaskUNet
 
@@ -352,6 +353,35 @@ class FoldedDecoder(nn.Module):
         return (self(code),)
 
 
+class FoldedCompact(nn.Module):
+    """A compact decoder or encoder for inference; made by :func:`fold_compact`."""
+
+    def __init__(self, part: CompactMaskDecoder | CompactImageEncoder, kernels: Kernels) -> None:
+        super().__init__()
+        self.config, self.kernels = part.config, kernels
+        _fold_children(part, kernels, None)
+        self.part = part
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.kernels.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def forward(self, sample: Tensor) -> Tensor:
+        """The part's own ``forward``."""
+        made: Tensor = self.part(sample.contiguous(memory_format=_layout(self.kernels)))
+        return made
+
+    def decode_pictures(self, latent: Tensor) -> Tensor:
+        """See :meth:`leafseg.model.compact.CompactMaskDecoder.decode_pictures`."""
+        if not isinstance(self.part, CompactMaskDecoder):
+            raise TypeError("an encoder draws no pictures")
+        return self.part.decode_pictures(latent)
+
+
 def fold_unet(unet: MaskUNet, kernels: Kernels, *, timesteps: Sequence[int]) -> FoldedUNet:
     """The U-Net with everything that depends on the timestep alone computed; takes ``unet`` apart.
 
@@ -369,6 +399,11 @@ def fold_encoder(encoder: ImageEncoder, kernels: Kernels) -> FoldedEncoder:
 def fold_decoder(decoder: MaskDecoder, kernels: Kernels) -> FoldedDecoder:
     """The mask decoder for inference; takes ``decoder`` apart. Raises as :func:`fold_unet`."""
     return FoldedDecoder(decoder, kernels).eval()
+
+
+def fold_compact(part: CompactMaskDecoder | CompactImageEncoder, kernels: Kernels) -> FoldedCompact:
+    """A compact part for inference; takes ``part`` apart. Raises as :func:`fold_unet`."""
+    return FoldedCompact(part, kernels).eval()
 
 
 class _Activated(nn.Module):
