@@ -23,6 +23,7 @@ from leafseg.fast_mode import (
     write_fast_mode,
 )
 from leafseg.model.compact import CompactImageEncoder, CompactMaskDecoder
+from leafseg.model.folded import FoldedConv
 from leafseg.model_folder import save_model_folder
 from leafseg.pipeline import LeafPipeline
 from leafseg.predict import load_segmenter
@@ -258,8 +259,16 @@ def test_compact_parts_fold_and_the_full_ones_are_not_read(
     folded = load_folded(str(with_compact_parts), Arrangement(compact=compact))
     torch.testing.assert_close(folded(_picture()).probability, plain, rtol=0, atol=1e-5)
     assert plain.std() > 0.01
-    half = load_folded(str(with_compact_parts), Arrangement(dtype="bf16", compact=compact))(_picture()).probability
-    assert (half - plain).abs().max() < 0.1
+    half = load_folded(str(with_compact_parts), Arrangement(dtype="bf16", compact=compact))
+    seen = []
+    for part in (half.compact_decoder, half.compact_encoder):
+        if part is not None:
+            convolution = next(module for module in part.modules() if isinstance(module, FoldedConv))
+            convolution.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    assert (half(_picture()).probability - plain).abs().max() < 0.1
+    assert seen
+    assert all(sample.dtype == torch.bfloat16 for sample in seen)
+    assert all(sample.is_contiguous(memory_format=torch.channels_last) for sample in seen)
 
 
 def test_a_benchmark_of_compact_parts_is_judged_by_masks_alone(with_compact_parts: Path, tmp_path: Path) -> None:

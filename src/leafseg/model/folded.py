@@ -360,6 +360,8 @@ class FoldedCompact(nn.Module):
         super().__init__()
         self.config, self.kernels = part.config, kernels
         _fold_children(part, kernels, None)
+        # At the part's own door, since drawing pictures calls it too.
+        part.register_forward_pre_hook(lambda _, given: (given[0].contiguous(memory_format=_layout(kernels)),))
         self.part = part
 
     @property
@@ -372,7 +374,7 @@ class FoldedCompact(nn.Module):
 
     def forward(self, sample: Tensor) -> Tensor:
         """The part's own ``forward``."""
-        made: Tensor = self.part(sample.contiguous(memory_format=_layout(self.kernels)))
+        made: Tensor = self.part(sample)
         return made
 
     def decode_pictures(self, latent: Tensor) -> Tensor:
