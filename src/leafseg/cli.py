@@ -284,6 +284,7 @@ def evaluate(
         result.summary["steps"] = steps or int(pipeline.config["num_inference_steps"])
         result.summary["timesteps"] = timesteps.value if timesteps else pipeline.config["timesteps"]
         result.summary["noise"] = noise.value if noise else pipeline.config["noise"]
+        result.summary.update(decoder=pipeline.decoder, encoder=pipeline.encoder)  # fast mode may bring its own
     if fast:
         used = [getattr(one, "arrangement", None) for one in getattr(segmenter, "segmenters", (segmenter,))]
         result.summary["fast"] = [asdict(arrangement) if arrangement else None for arrangement in used]
