@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def conditions(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     found = {
-        "command": " ".join(["benchmarks/" + Path(sys.argv[0]).name, *_without_out(sys.argv[1:])]),
+        "command": shlex.join(["benchmarks/" + Path(sys.argv[0]).name, *_without_out(sys.argv[1:])]),
         "quick": arguments.quick,
         "processor": processor(),
         "threads": torch.get_num_threads(),
@@ -95,6 +96,19 @@ def model_settings(preset: str, size: int, *, quick: bool = False, overrides: Se
     small = _QUICK if quick else ()
     given = [f"data.preprocessing.size=[{size},{size}]", "teacher.name=none", *small, *overrides]
     return load_settings("leaf-tiny" if quick else preset, overrides=given)
+
+
+def write_images(folder: Path, count: int, side: int) -> None:
+    import numpy as np
+
+    from leafseg.benchmark import synthetic_images
+    from leafseg.data.images import write_png
+
+    y, x = np.mgrid[:side, :side]
+    for index, image in enumerate(synthetic_images((side, side), count)):
+        inside = (y - side / 2) ** 2 + (x - side / 3 - index) ** 2 < (side / 4) ** 2
+        write_png(folder / "images" / f"{index:03d}.png", (image.permute(1, 2, 0).numpy() * 255).astype(np.uint8))
+        write_png(folder / "masks" / f"{index:03d}.png", inside.astype(np.uint8) * 255)
 
 
 def write_random_model(

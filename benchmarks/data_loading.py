@@ -3,59 +3,19 @@
     .venv/bin/python benchmarks/data_loading.py --out docs/results/performance/data_loading.json
 
 PNG images of --image-size with masks, resized to the preset's input and augmented, in batches as in training. The first
-epoch decodes; later ones find the 8-bit samples in memory (`data.cache_mb`). The consumer is leaf-tiny's own training
-step without a teacher, timed here in the same run: a loader that gives more never starves it.
+epoch decodes; later ones find the 8-bit samples in memory (`data.cache_mb`). The consumer is leaf-tiny's training step
+as it is shipped, but without a teacher, timed here in the same run: a loader that gives more never starves it.
 """
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-from _common import QUICK_SIZE, conditions, model_settings, parser, write_record
-
-
-def write_images(folder: Path, count: int, side: int) -> None:
-    import numpy as np
-
-    from leafseg.benchmark import synthetic_images
-    from leafseg.data.images import write_png
-
-    y, x = np.mgrid[:side, :side]
-    for index, image in enumerate(synthetic_images((side, side), count)):
-        inside = (y - side / 2) ** 2 + (x - side / 3 - index) ** 2 < (side / 4) ** 2
-        write_png(folder / "images" / f"{index:03d}.png", (image.permute(1, 2, 0).numpy() * 255).astype(np.uint8))
-        write_png(folder / "masks" / f"{index:03d}.png", inside.astype(np.uint8) * 255)
-
-
-def step_samples_a_second(settings: Any, batch: int, repeats: int) -> float:
-    """Of a forward and backward pass and an optimizer step, at the fastest of ``repeats``."""
-    import torch
-
-    from leafseg.model.autoencoder import encode_pictures, scale_latent
-    from leafseg.model.build import build_components
-    from leafseg.objective import add_noise, latent_loss
-
-    parts = build_components(settings, with_weights=False)
-    trained = [p for module in (parts.unet, parts.image_encoder) for p in module.parameters()]
-    optimizer = torch.optim.AdamW(trained)
-    size = settings.data.preprocessing.size
-    image, labels = torch.rand(batch, 3, *size), torch.zeros(batch, *size, dtype=torch.int64)
-    seconds = []
-    for _ in range(repeats + 1):
-        begun = time.perf_counter()
-        with torch.no_grad():
-            target = encode_pictures(parts.autoencoder, parts.mask_code.encode(labels))
-        timestep = torch.full((batch,), 999)
-        noisy = add_noise(target, torch.randn_like(target), parts.scheduler.alphas_cumprod[timestep])
-        latent = scale_latent(parts.image_encoder(image * 2 - 1), parts.autoencoder.config)
-        latent_loss(parts.unet.denoise(torch.cat([latent, noisy], 1), timestep), target).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds.append(time.perf_counter() - begun)
-    return batch / min(seconds)
+from _common import QUICK_SIZE, conditions, model_settings, parser, write_images, write_record
+from training import shipped_steps
 
 
 def main() -> None:
@@ -71,6 +31,7 @@ def main() -> None:
 
     from torch.utils.data import DataLoader
 
+    from leafseg.config import override_settings
     from leafseg.data.dataset import PositionSampler, SegmentationDataset
     from leafseg.data.manifest import load_manifest
     from leafseg.data.transforms import Preprocessor
@@ -89,6 +50,7 @@ def main() -> None:
                     augmentation=settings.data.augmentation,
                     seed=0,
                     cache_mb=cache_mb,
+                    soft_labels=settings.data.soft_labels,
                 )
                 steps = max(1, len(manifest) // batch)
                 # One endless pass: workers keep their caches. Its first epoch fills them, and does not count.
@@ -109,7 +71,8 @@ def main() -> None:
                     "least": round(speeds[0], 1),
                     "most": round(speeds[-1], 1),
                 })  # fmt: skip
-    step = step_samples_a_second(settings, batch, arguments.repeats)
+        stepping = override_settings(settings, [f"training.batch_size={batch}"])
+        step = batch / statistics.median(shipped_steps(stepping, Path(work), arguments.repeats)["seconds"])
     for row in rows:
         row["times_the_step"] = round(row["samples_a_second"] / step, 2)
         kind = "decoded again" if not row["cache_mb"] else "from memory"

@@ -25,8 +25,17 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from _common import QUICK_SIZE, conditions, ended_by_sigterm, model_settings, parser, run_child, spread, write_record
-from data_loading import write_images
+from _common import (
+    QUICK_SIZE,
+    conditions,
+    ended_by_sigterm,
+    model_settings,
+    parser,
+    run_child,
+    spread,
+    write_images,
+    write_record,
+)
 
 # Settings that take an economy away, or add one that the preset does not have.
 MODES: dict[str, list[str]] = {
@@ -91,10 +100,12 @@ def without_economies(mode: str) -> Iterator[None]:
 
 def shipped_steps(settings: Any, data: Path, steps: int) -> dict[str, Any]:
     """Seconds of each optimizer step after the first, and of the wait for its batch, as the trainer takes them."""
+    from leafseg.config import override_settings
     from leafseg.data.manifest import load_manifest
     from leafseg.training.leaf_task import LeafTask
     from leafseg.training.session import Session
 
+    settings = override_settings(settings, ["training.validations=0"])  # few images may all fall into the train part
     with tempfile.TemporaryDirectory() as run:
         task = LeafTask(settings, load_manifest(data, settings=settings.data))
         session = Session(task, settings.training, Path(run), workers=settings.data.workers)
@@ -198,7 +209,6 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=8, help="timed steps a process")
     options.add_argument("--rounds", type=int, default=2, help="processes of each arrangement, in turns")
     options.add_argument("--modes", nargs="+", choices=MODES, help="default: all but the 8-bit optimizer's")
-    options.add_argument("--child", help=None)
     if len(sys.argv) == 3 and sys.argv[1] == "--child":
         child(json.loads(sys.argv[2]))
         return

@@ -156,7 +156,8 @@ def inference() -> list[str]:
     hardware = (
         f"{unit['model']} ({unit['instructions']}), {result['threads']} threads, torch {result['versions']['torch']}"
     )
-    return [f"{hardware}. More in [performance](../performance.md).", "", *table(head, rows)]
+    command = ["```", f".venv/bin/python {result['command']}", "```", ""]
+    return [*command, f"{hardware}. More in [performance](../performance.md).", "", *table(head, rows)]
 
 
 def _milliseconds(row: dict[str, Any]) -> list[str]:
@@ -315,10 +316,6 @@ def main() -> None:
         "",
         *round_trip(),
         "## Inference",
-        "",
-        "```",
-        "python benchmarks/inference.py --out docs/results/performance/inference-tiny.json",
-        "```",
         "",
         *inference(),
         "## Wall time",

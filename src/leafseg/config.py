@@ -552,6 +552,21 @@ def _refuse_settings_of_the_segmentation(training: TrainingSettings, what: str) 
         raise ValueError(f"training.{', training.'.join(changed)} means nothing for {what}; leave it at its default")
 
 
+def _distillation(*, minutes: float) -> TrainingSettings:
+    """How a compact part is trained unless the user says otherwise."""
+    return TrainingSettings(
+        batch_size=8,
+        learning_rate=2e-3,
+        weight_decay=1e-4,
+        warmup_steps=50,
+        schedule="cosine",
+        ema_decay=0.99,
+        minutes=minutes,
+        validations=5,
+        validation_samples=32,
+    )
+
+
 class CompactDecoderSettings(SettingsModel):
     """How ``leafseg compact`` distils the mask decoder: from masks alone, against the full decoder."""
 
@@ -570,17 +585,7 @@ class CompactDecoderSettings(SettingsModel):
         0.3, ge=0, description="noise on the latents, at most: a U-Net's latents are never exactly those of a mask"
     )
     shape_weight: float = Field(0.5, ge=0, description="weight of Dice + cross-entropy against the full decoder's mask")
-    training: TrainingSettings = TrainingSettings(
-        batch_size=8,
-        learning_rate=2e-3,
-        weight_decay=1e-4,
-        warmup_steps=50,
-        schedule="cosine",
-        ema_decay=0.99,
-        minutes=20,
-        validations=5,
-        validation_samples=32,
-    )
+    training: TrainingSettings = _distillation(minutes=20)
 
     @model_validator(mode="after")
     def _settings_of_the_segmentation_alone(self) -> CompactDecoderSettings:
@@ -613,17 +618,7 @@ class CompactEncoderSettings(SettingsModel):
         32, ge=1, description="training images that the latents' mean and sd are taken from"
     )
     cache_mb: int = Field(1500, ge=0, description="decoded images kept in memory")
-    training: TrainingSettings = TrainingSettings(
-        batch_size=8,
-        learning_rate=2e-3,
-        weight_decay=1e-4,
-        warmup_steps=50,
-        schedule="cosine",
-        ema_decay=0.99,
-        minutes=40,
-        validations=5,
-        validation_samples=32,
-    )
+    training: TrainingSettings = _distillation(minutes=40)
 
     @model_validator(mode="after")
     def _settings_of_the_segmentation_alone(self) -> CompactEncoderSettings:

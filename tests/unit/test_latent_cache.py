@@ -27,10 +27,16 @@ def test_what_is_kept_is_not_computed_again_and_rows_stay_in_order() -> None:
 
 @pytest.mark.parametrize(("megabytes", "computed"), [(0, 12), (1, 8), (2, 6)])
 def test_what_does_not_fit_is_computed_each_time(megabytes: int, computed: int) -> None:
-    cache = LatentCache(megabytes)
+    cache, asked = LatentCache(megabytes), []
+
+    def compute(position: int) -> torch.Tensor:
+        asked.append(position)
+        return LATENT + position
+
     for _ in range(2):
-        cache.latents(range(6), lambda i: LATENT + i)
-    assert cache.computed == computed
+        assert cache.latents(range(6), compute)[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert len(asked) == computed
+    assert len(cache) == 12 - computed
 
 
 @pytest.mark.parametrize("name", AUGMENTATION_KINDS)

@@ -21,7 +21,9 @@ class LatentCache:
     def __init__(self, max_mb: int) -> None:
         self._room = max_mb * 2**20
         self._kept: dict[Hashable, Tensor] = {}
-        self.computed = 0
+
+    def __len__(self) -> int:
+        return len(self._kept)
 
     def latents(self, keys: Sequence[Hashable], compute: Callable[[int], Tensor]) -> Tensor:
         """``[B, z, h, w]`` for B keys; ``compute(i)`` gives ``[1, z, h, w]`` of the i-th where it is not kept."""
@@ -30,7 +32,6 @@ class LatentCache:
             latent = self._kept.get(key)
             if latent is None:
                 latent = compute(position)
-                self.computed += 1
                 n_bytes = latent.numel() * latent.element_size()
                 if n_bytes <= self._room:
                     self._room -= n_bytes
