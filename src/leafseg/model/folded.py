@@ -245,15 +245,31 @@ class FoldedAttention(nn.Module):
         return result + sample if self.residual else result
 
 
-class FoldedUNet(nn.Module):
+class _FoldedPart(nn.Module):
+    """What a pipeline asks of its parts: their config, and where and in which number format they compute."""
+
+    def __init__(self, config: Any, kernels: Kernels) -> None:
+        super().__init__()
+        self.config, self.kernels = config, kernels
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.kernels.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+class FoldedUNet(_FoldedPart):
     """A MaskUNet at fixed timesteps; made by :func:`fold_unet`."""
 
     def __init__(self, unet: MaskUNet, kernels: Kernels, timesteps: Sequence[int]) -> None:
-        super().__init__()
         config = unet.config
+        super().__init__(config, kernels)
         if config["center_input_sample"] or config["time_embedding_type"] != "positional" or unet.class_embedding:
             raise CheckpointError("the U-Net has an input, time or class embedding that fast mode does not know")
-        self.config, self.kernels, self.timesteps = config, kernels, tuple(timesteps)
+        self.timesteps = tuple(timesteps)
         embeddings = {}
         with torch.no_grad():
             for timestep in self.timesteps:
@@ -266,14 +282,6 @@ class FoldedUNet(nn.Module):
         self.conv_in, self.conv_out = FoldedConv(unet.conv_in, kernels), FoldedConv(unet.conv_out, kernels)
         self.down_blocks, self.mid_block, self.up_blocks = unet.down_blocks, unet.mid_block, unet.up_blocks
         self.norm_out = FoldedNorm(unet.conv_norm_out)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.kernels.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
 
     def forward(self, sample: Tensor, timestep: int) -> Tensor:
         # diffusers' blocks hand their time embedding on as it is: here it is the timestep, by which the folded parts
@@ -304,18 +312,13 @@ class FoldedUNet(nn.Module):
         return prediction
 
 
-class FoldedEncoder(nn.Module):
+class FoldedEncoder(_FoldedPart):
     """An ImageEncoder for inference; made by :func:`fold_encoder`."""
 
     def __init__(self, encoder: ImageEncoder, kernels: Kernels) -> None:
-        super().__init__()
-        self.config, self.kernels = encoder.config, kernels
+        super().__init__(encoder.config, kernels)
         self.encoder = _fold_stack(encoder.encoder, kernels)
         self.quant_conv = FoldedConv(encoder.quant_conv, kernels)
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
 
     def forward(self, images: Tensor) -> Tensor:
         """See :meth:`leafseg.model.image_encoder.ImageEncoder.forward`."""
@@ -323,23 +326,14 @@ class FoldedEncoder(nn.Module):
         return self.quant_conv(self.encoder(images)).chunk(2, 1)[0]  # the mode is the mean
 
 
-class FoldedDecoder(nn.Module):
+class FoldedDecoder(_FoldedPart):
     """A MaskDecoder for inference; made by :func:`fold_decoder`."""
 
     def __init__(self, decoder: MaskDecoder, kernels: Kernels) -> None:
-        super().__init__()
-        self.config, self.kernels = decoder.config, kernels
+        super().__init__(decoder.config, kernels)
         self.decoder = _fold_stack(decoder.decoder, kernels)
         convolution = decoder.post_quant_conv
         self.post_quant_conv = None if convolution is None else FoldedConv(convolution, kernels)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.kernels.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
 
     def forward(self, code: Tensor) -> Tensor:
         code = code.contiguous(memory_format=_layout(self.kernels))
@@ -353,24 +347,15 @@ class FoldedDecoder(nn.Module):
         return (self(code),)
 
 
-class FoldedCompact(nn.Module):
+class FoldedCompact(_FoldedPart):
     """A compact decoder or encoder for inference; made by :func:`fold_compact`."""
 
     def __init__(self, part: CompactMaskDecoder | CompactImageEncoder, kernels: Kernels) -> None:
-        super().__init__()
-        self.config, self.kernels = part.config, kernels
+        super().__init__(part.config, kernels)
         _fold_children(part, kernels, None)
         # At the part's own door, since drawing pictures calls it too.
         part.register_forward_pre_hook(lambda _, given: (given[0].contiguous(memory_format=_layout(kernels)),))
         self.part = part
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.kernels.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cpu")
 
     def forward(self, sample: Tensor) -> Tensor:
         """The part's own ``forward``."""
