@@ -13,22 +13,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from recipe import PLANS, RECORDS, is_done, read_records, units_of
+from recipe import PLANS, RECORDS, read_records, record_of, units_of
 from recipe_tables import images_of, matrix
 
 PLOT = RECORDS.parent / "alignment.png"
 PICTURES = RECORDS.parent / "alignment_features.png"
-COUNTS = {"50": 50, "200": 200, "all": None}
+COUNTS = ("50", "200", "all")
 
 
 def measured(plan: dict[str, Any], variant: str, data: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The plan's records of one variant and data set, by seed."""
-    units = [u for u in units_of(plan) if (u["variant"], u["data"]) == (variant, data) and is_done(u, records)]
-    return [next(r for r in records if all(r.get(k) == v for k, v in unit.items())) for unit in units]
+    units = [unit for unit in units_of(plan) if (unit["variant"], unit["data"]) == (variant, data)]
+    return [record for unit in units if (record := record_of(unit, records)) is not None]
 
 
 def plot() -> None:
@@ -40,6 +41,8 @@ def plot() -> None:
 
     plan = next(p for p in json.loads(PLANS.read_text()) if p["name"] == "alignment")
     records = read_records()
+    if all(record_of(unit, records) is None for unit in units_of(plan)):
+        sys.exit("no training of plan alignment is recorded yet; experiments/recipe.py runs them")
     figure, panels = pyplot.subplots(1, len(plan["data"]), figsize=(4 * len(plan["data"]), 3.6), squeeze=False)
     for panel, data in zip(panels[0], plan["data"], strict=True):
         for word, colour in (("without", "tab:grey"), ("with", "tab:green")):
@@ -53,7 +56,7 @@ def plot() -> None:
                     means.append(matrix(rows).mean())
                     places.append(place)
             panel.plot(places, means, "-", color=colour, label=f"{word} alignment")
-        panel.set_xticks(range(len(COUNTS)), [*list(COUNTS)[:-1], "all"])
+        panel.set_xticks(range(len(COUNTS)), COUNTS)
         panel.set_xlabel("training images")
         panel.set_title(data)
         panel.grid(alpha=0.3)

@@ -65,8 +65,9 @@ def _steps(plan: dict[str, Any], variant: str, data: str) -> int:
     return int(plan.get("steps_of", {}).get(variant, usual))
 
 
-def is_done(unit: dict[str, Any], records: list[dict[str, Any]]) -> bool:
-    return any(all(row.get(key) == value for key, value in unit.items()) for row in records)
+def record_of(unit: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The first record of this very unit; None if it was not run."""
+    return next((row for row in records if all(row.get(key) == value for key, value in unit.items())), None)
 
 
 def run(
@@ -146,7 +147,7 @@ def main() -> None:
         if arguments.plan not in plans:
             sys.exit(f"--plan is {arguments.plan}; known are {', '.join(plans)}")
         units, records = units_of(plans[arguments.plan]), read_records()
-        missing = [unit for unit in units if not is_done(unit, records)]
+        missing = [unit for unit in units if record_of(unit, records) is None]
         if arguments.list:
             for unit in units:
                 print("missing" if unit in missing else "done   ", unit["data"], unit["variant"], unit["seed"])

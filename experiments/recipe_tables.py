@@ -10,7 +10,7 @@ from collections import defaultdict
 from typing import Any
 
 import numpy as np
-from recipe import PLANS, RECORDS, is_done, read_records, units_of
+from recipe import PLANS, RECORDS, read_records, record_of, units_of
 
 from leafseg.evaluation.intervals import Interval, bootstrap_seeds_and_images
 
@@ -67,10 +67,9 @@ def section(plan: dict[str, Any], records: list[dict[str, Any]]) -> list[str]:
     units = units_of(plan)
     mine: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for unit in units:
-        if is_done(unit, records):
-            mine[unit["variant"], unit["data"]].append(
-                next(r for r in records if all(r.get(k) == v for k, v in unit.items()))
-            )
+        record = record_of(unit, records)
+        if record is not None:
+            mine[unit["variant"], unit["data"]].append(record)
     done = sum(map(len, mine.values()))
     steps = json.dumps(plan["steps"]).strip('"')
     seeds = ", ".join(map(str, plan["seeds"]))
