@@ -5,19 +5,21 @@
 
 DATA holds the data sets. Every unit is resumable: called again, the script continues the unit that was cut short and
 leaves recorded ones out. Units of a plan (experiments/recipe_plans.json) run in its order; ``--list`` shows them.
+``--jobs 14`` runs so many at once, each in a process of its own: for a GPU that one small model leaves idle.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,13 @@ def record_of(unit: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, 
 
 
 def run(
-    unit: dict[str, Any], data: Path, out: Path, *, base: Sequence[str] = (), flips: str | None = None
+    unit: dict[str, Any],
+    data: Path,
+    out: Path,
+    *,
+    base: Sequence[str] = (),
+    flips: str | None = None,
+    teacher: Path | None = None,
 ) -> dict[str, Any] | None:
     """Train and evaluate in this process, as `leafseg train` and `leafseg evaluate` do; None if a signal stopped it.
 
@@ -80,15 +88,17 @@ def run(
         data, out: the data set's folder, and where runs and cached features go.
         base: settings below the unit's: what the preset said when the plan began.
         flips: asks for a second evaluation, averaged over mirrored images.
+        teacher: the preset's teacher, as a folder, where its package is not installed.
     """
     from leafseg.config import load_settings
     from leafseg.data.manifest import load_manifest
     from leafseg.ensemble import FlippedSegmenter, load_single
     from leafseg.evaluation.evaluate import evaluate
-    from leafseg.training.run import library_versions, run_training
+    from leafseg.training.run import hardware, library_versions, run_training
 
     cache = f"teacher.cache_dir={out / 'features'}"
     extra = [f"training.seed={unit['seed']}", f"training.steps={unit['steps']}", cache]
+    extra += [f"teacher.name={teacher}"] if teacher else []
     settings = load_settings("leaf-tiny", overrides=[*base, *unit["set"], *extra])
     folder = out / f"{unit['plan']}-{unit['data']}-{unit['variant']}-{unit['seed']}"
     began = time.time()
@@ -96,6 +106,7 @@ def run(
     if result.status != "finished":
         return None
     seconds = time.time() - began
+    began = time.time()
     part = load_manifest(data, settings=settings.data, run_split=folder / "split.csv").part(unit["part"])
     evaluations = {}
     wanted = [(str(steps), steps, None) for steps in unit["inference_steps"]]
@@ -120,37 +131,104 @@ def run(
         "best_step": result.best_step,
         "validation_score": result.best_score,
         "seconds": round(seconds, 1),
+        "evaluation_seconds": round(time.time() - began, 1),
         "samples_per_second": round(result.samples_per_second, 2),
-        "teacher": record["teacher"],
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip(),
+        "teacher": record.get("teacher") and Path(record["teacher"]).name,
+        "commit": _commit(),
         "versions": library_versions(),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
+        "hardware": f"{hardware()}, {os.cpu_count()} cores",
         "evaluations": evaluations,
     }
     shutil.rmtree(folder)
     return row
 
 
+def _commit() -> str:
+    """Of this checkout; a copy without git is told in RECIPE_COMMIT."""
+    if "RECIPE_COMMIT" in os.environ:
+        return os.environ["RECIPE_COMMIT"]
+    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+
+
+def _store(row: dict[str, Any], records: Path) -> None:
+    records.parent.mkdir(parents=True, exist_ok=True)
+    with records.open("a") as stream:
+        stream.write(json.dumps(row) + "\n")
+    first = row["evaluations"][str(row["inference_steps"][0])]["classes"]
+    dice = {name: round(figures["dice"]["mean"], 4) for name, figures in first.items() if figures["dice"]}
+    took = f"{row['seconds']} s and {row['evaluation_seconds']} s"
+    print("DONE", row["data"], row["variant"], row["seed"], dice, took, flush=True)
+
+
+def _arguments_of(unit: dict[str, Any], plan: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "unit": unit,
+        "data": arguments.data / unit["data"],
+        "out": arguments.out,
+        "base": plan.get("base", []),
+        "flips": plan.get("flips", {}).get(unit["variant"]),
+        "teacher": arguments.teacher,
+    }
+
+
+def _start_worker() -> None:
+    import torch
+
+    torch.set_num_threads(1)  # the processes fill the cores
+    logging_to_stderr()
+
+
+def at_once(units: list[dict[str, Any]], plans: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Run units in ``--jobs`` processes; their rows are stored as they come."""
+    deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
+    waiting, running = list(units), dict[Future[dict[str, Any] | None], dict[str, Any]]()
+    with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn"), _start_worker) as pool:
+        while waiting or running:
+            while waiting and len(running) < arguments.jobs and (deadline is None or time.monotonic() < deadline):
+                unit = waiting.pop(0)
+                running[pool.submit(run, **_arguments_of(unit, plans[unit["plan"]], arguments))] = unit
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                unit = running.pop(future)
+                try:
+                    row = future.result()
+                except Exception as error:  # one idea that cannot be trained must not cost the others
+                    print(f"FAILED {unit['data']} {unit['variant']} {unit['seed']}: {error!r}", flush=True)
+                    continue
+                if row is not None:
+                    _store(row, arguments.records)
+    print(f"{len(waiting)} units were not begun")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="folder of data sets")
-    parser.add_argument("--plan", required=True, help="name of a plan in experiments/recipe_plans.json")
+    parser.add_argument(
+        "--plan", required=True, nargs="+", help="plans in experiments/recipe_plans.json, in this order"
+    )
     parser.add_argument("--out", type=Path, required=True, help="runs and cached features")
     parser.add_argument("--list", action="store_true", help="what is done and what is missing")
     parser.add_argument("--minutes", type=float, help="begin no unit after so many minutes")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at once")
+    parser.add_argument("--teacher", type=Path, help="folder of the teacher, where its package is not installed")
+    parser.add_argument("--records", type=Path, default=RECORDS, help="where rows are appended")
     arguments = parser.parse_args()
     logging_to_stderr()
     began, failed = time.monotonic(), set()
     while True:
         # Read anew each time, so that a plan may grow while it runs.
         plans = {plan["name"]: plan for plan in json.loads(PLANS.read_text())}
-        if arguments.plan not in plans:
-            sys.exit(f"--plan is {arguments.plan}; known are {', '.join(plans)}")
-        units, records = units_of(plans[arguments.plan]), read_records()
+        if unknown := set(arguments.plan) - set(plans):
+            sys.exit(f"--plan is {', '.join(unknown)}; known are {', '.join(plans)}")
+        units, records = [unit for name in arguments.plan for unit in units_of(plans[name])], read_records()
         missing = [unit for unit in units if record_of(unit, records) is None]
         if arguments.list:
             for unit in units:
                 print("missing" if unit in missing else "done   ", unit["data"], unit["variant"], unit["seed"])
+            return
+        if arguments.jobs > 1:
+            at_once(missing, plans, arguments)
             return
         missing = [unit for unit in missing if json.dumps(unit) not in failed]
         late = arguments.minutes is not None and time.monotonic() - began > 60 * arguments.minutes
@@ -160,37 +238,14 @@ def main() -> None:
         unit = missing[0]
         print(f"{len(missing)} left: {unit['data']} {unit['variant']} seed {unit['seed']}", flush=True)
         try:
-            plan = plans[arguments.plan]
-            row = run(
-                unit,
-                arguments.data / unit["data"],
-                arguments.out,
-                base=plan.get("base", []),
-                flips=plan.get("flips", {}).get(unit["variant"]),
-            )
+            row = run(**_arguments_of(unit, plans[unit["plan"]], arguments))
         except Exception as error:  # one idea that cannot be trained must not cost the others
             failed.add(json.dumps(unit))
             print(f"FAILED {unit['variant']}: {error}", flush=True)
             continue
         if row is None:
             return
-        RECORDS.parent.mkdir(parents=True, exist_ok=True)
-        with RECORDS.open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
-        dice = {
-            name: figures["dice"]["mean"]
-            for name, figures in row["evaluations"]["1"]["classes"].items()
-            if figures["dice"]
-        }
-        print(
-            "DONE",
-            unit["data"],
-            unit["variant"],
-            unit["seed"],
-            {k: round(v, 4) for k, v in dice.items()},
-            f"{row['seconds']} s",
-            flush=True,
-        )
+        _store(row, arguments.records)
 
 
 def logging_to_stderr() -> None:
