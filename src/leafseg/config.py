@@ -532,6 +532,13 @@ class AutoencoderTrainingSettings(SettingsModel):
     crop: int = Field(128, ge=8, description="side of the square training crops, a multiple of 8")
     image_share: float = Field(0.3, ge=0, le=1, description="share of samples that are images; the rest are masks")
     synthetic_share: float = Field(0.2, ge=0, le=1, description="share of samples that are synthetic masks")
+    coarse_share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of the masks drawn at twice the crop and averaged down to it: grey outlines, as soft labels "
+        "have, and objects of half the size; needs crops of at most half the preprocessed image",
+    )
     shape_weight: float = Field(0.5, ge=0, description="weight of Dice + cross-entropy on masks")
     kl_weight: float = Field(
         3e-4, ge=0, description="weight of the divergence from a standard normal, per latent value"

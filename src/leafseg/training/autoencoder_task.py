@@ -76,7 +76,7 @@ class BalancedSets(Dataset[dict[str, Any]]):
 
 
 class AutoencoderDataset(Dataset[dict[str, Any]]):
-    """One training picture: a crop of an image, of a mask, or of a synthetic mask, in -1..1."""
+    """One training picture: a crop of an image, of a mask (as it is, or a coarser one), or a synthetic mask; -1..1."""
 
     def __init__(self, sets: BalancedSets, settings: AutoencoderTrainingSettings) -> None:
         self.sets, self.settings = sets, settings
@@ -89,19 +89,22 @@ class AutoencoderDataset(Dataset[dict[str, Any]]):
         settings = self.settings
         draws = rng.generator(settings.training.seed, "autoencoder-sample", position)
         choice, top, left = draws.random(3)
-        crop = settings.crop
+        # No draw where there is nothing to choose: without coarse masks the samples stay what they were.
+        coarse = settings.coarse_share > 0 and draws.random() < settings.coarse_share
+        crop = settings.crop * (1 + coarse)
         if choice < settings.synthetic_share:
-            kind, picture = _SYNTHETIC, torch.from_numpy(synthetic_mask(crop, draws))[None].expand(3, -1, -1).float()
+            kind, picture = _SYNTHETIC, torch.from_numpy(synthetic_mask(crop, draws))[None].float()
         else:
             sample = self.sets[key]
             if choice < settings.synthetic_share + settings.image_share:
-                kind, picture = _IMAGE, sample["image"]
+                kind, picture, crop, coarse = _IMAGE, sample["image"], settings.crop, False
             else:
-                plane = one_class(sample["labels"], draws).float()
-                kind, picture = _MASK, plane[None].expand(3, -1, -1)
+                kind, picture = _MASK, one_class(sample["labels"], draws)[None].float()
             y, x = (int(v * (side - crop + 1)) for v, side in zip((top, left), picture.shape[1:], strict=True))
             picture = picture[:, y : y + crop, x : x + crop]
-        return {"picture": picture * 2 - 1, "kind": kind, "position": position}
+        if coarse:
+            picture = nn.functional.avg_pool2d(picture, 2)
+        return {"picture": picture.expand(3, -1, -1) * 2 - 1, "kind": kind, "position": position}
 
 
 def one_class(labels: Tensor, generator: np.random.Generator) -> Tensor:
@@ -180,8 +183,8 @@ class AutoencoderTask:
         share = masks.float().mean()
         shape = reconstruction.new_zeros(())
         if masks.any():
-            labels = (picture[masks, 0] > 0).long()
-            shape = pixel_loss(self.code.logits(decoded[masks]), labels) * share
+            shares = (picture[masks, :1] + 1) / 2  # 0 or 1, and between them where a mask is coarse
+            shape = pixel_loss(self.code.logits(decoded[masks]), shares) * share
         loss = reconstruction + self.settings.shape_weight * shape + self.settings.kl_weight * divergence
         return {"loss": loss, "reconstruction": reconstruction, "shape": shape, "divergence": divergence}
 
@@ -260,6 +263,11 @@ def _check(manifests: Sequence[Manifest], model: AutoencoderSettings, settings: 
     stride = 2 ** (len(model.block_out_channels) - 1)
     side = min(settings.preprocessing.size)
     problems = []
+    if settings.coarse_share > 0 and 2 * settings.crop > side:
+        problems.append(
+            f"crop is {settings.crop} and coarse_share {settings.coarse_share}: coarse masks need preprocessing.size "
+            f"({side}) of at least twice the crop; use a smaller crop, or coarse_share=0"
+        )
     if settings.crop % stride or settings.crop > side:
         problems.append(
             f"crop is {settings.crop}; it must be a multiple of {stride}, at most preprocessing.size ({side})"
