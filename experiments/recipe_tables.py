@@ -83,6 +83,8 @@ def section(plan: dict[str, Any], records: list[dict[str, Any]]) -> list[str]:
         f"{' and seeds' if len(plan['seeds']) > 1 else ' (one seed: the spread of trainings is not in them)'}.",
         "",
     ]
+    if computers := sorted({record["hardware"] for records_ in mine.values() for record in records_}):
+        lines[-2] = lines[-2].removesuffix(".") + f"; computed on {'; '.join(computers)}."
     rows = []
     for name in plan["order"]:
         cells = [name, "; ".join(plan["variants"][name]).replace("objective.", "").replace("training.", "") or "-"]
@@ -156,16 +158,16 @@ def main() -> None:
         "Written by `experiments/recipe_tables.py` from `recipe.jsonl` and `experiments/recipe_plans.json`; do not",
         "edit by hand. Research software, not a medical device.",
         "",
-        "All trainings are of `leaf-tiny` at 128 px, batch 16, on two CPU cores, with the data, split, augmentation,",
-        "schedule, averaged weights and evaluation of one harness; a variant changes the settings beside it and no",
-        "others. Whatever was chosen was chosen on validation parts. Made by",
+        "All trainings are of `leaf-tiny` at 128 px and batch 16 unless a variant says otherwise, with the data,",
+        "split, augmentation, schedule, averaged weights and evaluation of one harness; a variant changes the settings",
+        "beside it and no others. Whatever was chosen was chosen on validation parts. Made by",
         "",
         "```",
         *(f".venv/bin/python experiments/recipe.py DATA --plan {plan['name']} --out RUNS" for plan in plans),
         "```",
         "",
-        f"Splits: {'; '.join(f'{name} {sha}' for name, sha in splits)}. Other work shared the machine: steps are",
-        "equal, and samples/s are no measure of cost.",
+        f"Splits: {'; '.join(f'{name} {sha}' for name, sha in splits)}. Steps are equal within a table. Other work",
+        "shared the machines (on the GPU 15 other trainings), so that samples/s are no measure of cost.",
         "",
     ]
     for plan in plans:

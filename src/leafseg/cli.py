@@ -757,7 +757,7 @@ def evaluate_autoencoder(
     data: Annotated[list[Path], typer.Option(help="Folder with images/ and masks/; repeat for several sets.")],
     autoencoder: Annotated[
         str, typer.Option(help="'packaged:NAME', a run, or an autoencoder folder.")
-    ] = "packaged:compact-f8",
+    ] = "packaged:compact-f4",
     split: Annotated[Part, typer.Option(help="Which part of the data.")] = Part.test,
     size: Annotated[int, typer.Option(min=8, help="Side in pixels that masks are resized to.")] = 256,
     out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,

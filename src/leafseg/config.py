@@ -507,7 +507,7 @@ class AutoencoderTrainingSettings(SettingsModel):
     """How ``leafseg train-autoencoder`` trains; the model's shape is AutoencoderSettings."""
 
     model: AutoencoderSettings = AutoencoderSettings(
-        block_out_channels=(16, 32, 64, 128),
+        block_out_channels=(16, 32, 64),
         layers_per_block=1,
         latent_channels=8,
         norm_num_groups=8,
@@ -661,8 +661,8 @@ _TINY = {
     },
     "model": {
         "autoencoder": {
-            "weights": "packaged:compact-f8",
-            "block_out_channels": [16, 32, 64, 128],
+            "weights": "packaged:compact-f4",
+            "block_out_channels": [16, 32, 64],
             "layers_per_block": 1,
             "latent_channels": 8,
             "norm_num_groups": 8,
@@ -670,12 +670,12 @@ _TINY = {
             "scaling_factor": 1.0,
         },
         "unet": {
-            "block_out_channels": [64, 128, 256],
-            "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
-            "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+            "block_out_channels": [32, 64, 128, 256],
+            "down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
+            "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
             "layers_per_block": 2,
             "num_attention_heads": 4,
-            "norm_num_groups": 32,
+            "norm_num_groups": 8,
             "dropout": 0.0,
         },
         "image_encoder_dropout": 0.0,
@@ -685,6 +685,7 @@ _TINY = {
     # Chosen on validation parts: docs/results/recipe.md.
     "objective": {
         "alignment_weight": 0.25,
+        "alignment_tap": 1,
         "terminal_fraction": 1.0,
         "terminal_noise": "zeros",
         "pixel_weight": 1.0,

@@ -61,12 +61,13 @@ def test_compact_parts_have_the_shapes_of_the_full_ones_and_a_fraction_of_their_
         decoder = CompactMaskDecoder.for_autoencoder(parts.autoencoder.config)
         height, width = settings.data.preprocessing.size
         z = settings.model.autoencoder.latent_channels
-        latent = torch.empty(2, z, height // 8, width // 8)
+        stride = 2 ** (len(settings.model.autoencoder.block_out_channels) - 1)
+        latent = torch.empty(2, z, height // stride, width // stride)
     encoder = CompactImageEncoder.for_encoder(parts.image_encoder.config)
     work = 0.0
     for call, shape in (
         (lambda: decoder(latent), (2, 1, height, width)),
-        (lambda: encoder(torch.zeros(2, 3, height, width)), (2, z, height // 8, width // 8)),
+        (lambda: encoder(torch.zeros(2, 3, height, width)), (2, z, height // stride, width // stride)),
     ):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             assert call().shape == shape

@@ -313,7 +313,7 @@ def test_an_autoencoder_of_another_shape_than_the_settings_is_refused(
 def test_the_packaged_autoencoder_is_what_leaf_tiny_asks_for_and_carries_statistics_of_masks() -> None:
     autoencoder = build_autoencoder(load_settings("leaf-tiny").model.autoencoder)
     assert len(autoencoder.config["latents_mean"]) == len(autoencoder.config["latents_std"]) == 8
-    with pytest.raises(ConfigError, match="the package ships compact-f8"):
+    with pytest.raises(ConfigError, match="the package ships compact-f4, compact-f8"):
         build_autoencoder(AutoencoderSettings(weights="packaged:compact-f9"))
 
 

@@ -20,7 +20,12 @@ from torch import Tensor, nn
 from leafseg.mask_code import PICTURE_CHANNELS
 
 _GROUPS = 8
+_WIDTH_A_STRIDE = 8  # least channels at the latent's size, a pixel of its stride: about equal work an image
 _MIN_WIDTH = 16
+
+
+def _least_width(levels: Sequence[int]) -> int:
+    return int(_WIDTH_A_STRIDE * 2 ** (len(levels) - 1))
 
 
 class _Block(nn.Module):
@@ -75,7 +80,7 @@ class CompactMaskDecoder(ModelMixin, ConfigMixin):
         widths = config["block_out_channels"]
         return cls(
             latent_channels=int(config["latent_channels"]),
-            width=width or max(64, int(widths[-1]) // 4),
+            width=width or max(_least_width(widths), int(widths[-1]) // 4),
             blocks=blocks,
             upsamplings=len(widths) - 1,
         )
@@ -157,7 +162,7 @@ class CompactImageEncoder(ModelMixin, ConfigMixin):
         widths, channels = config["block_out_channels"], int(config["latent_channels"])
         return cls(
             latent_channels=channels,
-            width=width or max(64, int(widths[-1]) // 2),
+            width=width or max(_least_width(widths), int(widths[-1]) // 2),
             blocks=blocks,
             downsamplings=len(widths) - 1,
             attention=bool(config["mid_block_add_attention"]),
