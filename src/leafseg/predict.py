@@ -243,7 +243,7 @@ def load_segmenter(
         precision: fp32, or autocast to bf16 / fp16; auto takes bf16 where the hardware multiplies in it.
         fast: compute in the arrangement that `leafseg benchmark` stored, on the CPU; see :mod:`leafseg.fast_mode`. One
             that was measured with something else than what is here is ignored with a warning.
-        device: ``cpu`` or ``cuda``; default: cuda if there is one (never tried: no such device was at hand).
+        device: ``cpu`` or ``cuda``; default: cuda if there is one.
         decoder, encoder: ``compact`` uses the model's compact part (``leafseg compact``).
 
     Raises:
@@ -301,7 +301,7 @@ def refuse_equal_draws(model: str, num_samples: int, noise: str) -> None:
 
 
 def execution_device(device: str | None) -> torch.device:
-    """The device that was named; else the GPU, if there is one (never tried: no such device was at hand)."""
+    """The device that was named; else the GPU, if there is one."""
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
