@@ -675,7 +675,7 @@ _TINY = {
             "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
             "layers_per_block": 2,
             "num_attention_heads": 4,
-            "norm_num_groups": 8,
+            "norm_num_groups": 32,
             "dropout": 0.0,
         },
         "image_encoder_dropout": 0.0,
