@@ -87,6 +87,7 @@ _QUICK = (
     "model.unet.up_block_types=[ResnetUpsampleBlock2D,AttnUpBlock2D]",
     "model.unet.norm_num_groups=8",
     "model.unet.layers_per_block=1",
+    "objective.alignment_tap=0",
 )
 
 

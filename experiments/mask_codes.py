@@ -37,6 +37,7 @@ from leafseg.rng import generator
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 AUTOENCODER = "packaged:compact-f8"
+STRIDE_8 = RESULTS.parents[1] / "configs" / "tiny-stride-8.yaml"  # leaf-tiny with that autoencoder
 SIZE = 128
 NOISE = 0.3  # of a latent whose values have a standard deviation of about 1
 WANTED = 0.98
@@ -326,7 +327,7 @@ def main() -> None:
                 rows.append(measure(entry, labels, truths, autoencoder))
                 bar.advance()
             sections.append({"title": title, "note": note, "rows": rows})
-    figures = model_figures(load_settings("leaf-tiny"), size=(SIZE, SIZE))
+    figures = model_figures(load_settings("leaf-tiny", file=STRIDE_8), size=(SIZE, SIZE))
     record = {
         "command": f".venv/bin/python experiments/mask_codes.py DATA/{arguments.data.name}"
         + (f" --part {arguments.part}" if arguments.part != "test" else ""),

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ RECORDS = ROOT / "docs" / "results" / "recipe.jsonl"
 PLANS = ROOT / "experiments" / "recipe_plans.json"
 
 
-def read_records() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.is_file() else []
+def read_records(*more: Path) -> list[dict[str, Any]]:
+    """All recorded rows, those of other files too."""
+    files = [path for path in dict.fromkeys((RECORDS, *more)) if path.is_file()]
+    return [json.loads(line) for path in files for line in path.read_text().splitlines()]
 
 
 def units_of(plan: dict[str, Any]) -> list[dict[str, Any]]:
@@ -98,8 +101,8 @@ def run(
 
     cache = f"teacher.cache_dir={out / 'features'}"
     extra = [f"training.seed={unit['seed']}", f"training.steps={unit['steps']}", cache]
-    extra += [f"teacher.name={teacher}"] if teacher else []
-    settings = load_settings("leaf-tiny", overrides=[*base, *unit["set"], *extra])
+    named = [f"teacher.name={teacher}"] if teacher else []
+    settings = load_settings("leaf-tiny", overrides=[*base, *named, *unit["set"], *extra])
     folder = out / f"{unit['plan']}-{unit['data']}-{unit['variant']}-{unit['seed']}"
     began = time.time()
     result = run_training(settings, data, folder, resume=True)
@@ -133,7 +136,7 @@ def run(
         "seconds": round(seconds, 1),
         "evaluation_seconds": round(time.time() - began, 1),
         "samples_per_second": round(result.samples_per_second, 2),
-        "teacher": record.get("teacher") and Path(record["teacher"]).name,
+        "teacher": teacher.name if teacher and record.get("teacher") == str(teacher) else record.get("teacher"),
         "commit": _commit(),
         "versions": library_versions(),
         "hardware": f"{hardware()}, {os.cpu_count()} cores",
@@ -185,8 +188,13 @@ def at_once(units: list[dict[str, Any]], plans: dict[str, Any], arguments: argpa
     with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn"), _start_worker) as pool:
         while waiting or running:
             while waiting and len(running) < arguments.jobs and (deadline is None or time.monotonic() < deadline):
-                unit = waiting.pop(0)
-                running[pool.submit(run, **_arguments_of(unit, plans[unit["plan"]], arguments))] = unit
+                try:
+                    future = pool.submit(run, **_arguments_of(waiting[0], plans[waiting[0]["plan"]], arguments))
+                except BrokenProcessPool as error:  # a killed process ends the pool; what is recorded stays
+                    print(f"FAILED: a training process was killed ({error})", flush=True)
+                    deadline = 0.0
+                    break
+                running[future] = waiting.pop(0)
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -202,6 +210,7 @@ def at_once(units: list[dict[str, Any]], plans: dict[str, Any], arguments: argpa
 
 
 def main() -> None:
+    """Train what the plans name and what is not recorded yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="folder of data sets")
     parser.add_argument(
@@ -221,7 +230,8 @@ def main() -> None:
         plans = {plan["name"]: plan for plan in json.loads(PLANS.read_text())}
         if unknown := set(arguments.plan) - set(plans):
             sys.exit(f"--plan is {', '.join(unknown)}; known are {', '.join(plans)}")
-        units, records = [unit for name in arguments.plan for unit in units_of(plans[name])], read_records()
+        units = [unit for name in arguments.plan for unit in units_of(plans[name])]
+        records = read_records(arguments.records)
         missing = [unit for unit in units if record_of(unit, records) is None]
         if arguments.list:
             for unit in units:
@@ -249,6 +259,7 @@ def main() -> None:
 
 
 def logging_to_stderr() -> None:
+    """Warnings alone."""
     import logging
 
     logging.basicConfig(level=logging.WARNING)

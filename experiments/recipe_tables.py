@@ -63,6 +63,14 @@ def empty_text(records: list[dict[str, Any]]) -> str:
     return f"{sum(figure['false_positives'] for figure in figures)} of {empty}" if empty else ""
 
 
+def _seeds_note(cells: list[list[dict[str, Any]]]) -> str:
+    """What the intervals hold besides the images, by the seeds that each recorded cell has."""
+    counts = {len(records) for records in cells}
+    if not counts or counts == {1}:
+        return " (one seed: the spread of trainings is not in them)"
+    return " and seeds" + (" (cells of one seed: over images alone)" if 1 in counts else "")
+
+
 def section(plan: dict[str, Any], records: list[dict[str, Any]]) -> list[str]:
     units = units_of(plan)
     mine: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
@@ -80,7 +88,7 @@ def section(plan: dict[str, Any], records: list[dict[str, Any]]) -> list[str]:
     lines += [
         f"{done} of {len(units)} trainings are recorded; {steps} optimizer steps, seeds {seeds}; figures on the "
         f"{plan['part']} part at original resolution, with 95 % bootstrap intervals over images"
-        f"{' and seeds' if len(plan['seeds']) > 1 else ' (one seed: the spread of trainings is not in them)'}.",
+        f"{_seeds_note(list(mine.values()))}.",
         "",
     ]
     if computers := sorted({record["hardware"] for records_ in mine.values() for record in records_}):
@@ -160,14 +168,15 @@ def main() -> None:
         "",
         "All trainings are of `leaf-tiny` at 128 px and batch 16 unless a variant says otherwise, with the data,",
         "split, augmentation, schedule, averaged weights and evaluation of one harness; a variant changes the settings",
-        "beside it and no others. Whatever was chosen was chosen on validation parts. Made by",
+        "beside it and no others. What was chosen was chosen on validation parts (how stride 4 came about: below).",
+        "Made by",
         "",
         "```",
         *(f".venv/bin/python experiments/recipe.py DATA --plan {plan['name']} --out RUNS" for plan in plans),
         "```",
         "",
-        f"Splits: {'; '.join(f'{name} {sha}' for name, sha in splits)}. Steps are equal within a table. Other work",
-        "shared the machines (on the GPU 15 other trainings), so that samples/s are no measure of cost.",
+        f"Splits: {'; '.join(f'{name} {sha}' for name, sha in splits)}. Other work shared the machines (on the GPU",
+        "up to 15 other trainings), so that samples/s are no measure of cost.",
         "",
     ]
     for plan in plans:

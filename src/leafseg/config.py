@@ -74,7 +74,7 @@ class PreprocessingSettings(SettingsModel):
         False,
         description="of volumes: the slices before, at and after as the three channels, instead of one three times",
     )
-    stride: int = Field(8, ge=1, description="size must be a multiple of it: 8 times the U-Net's own")
+    stride: int = Field(8, ge=1, description="size must be a multiple of it: the autoencoder's times the U-Net's own")
 
     @model_validator(mode="after")
     def _size_is_a_multiple_of_stride(self) -> PreprocessingSettings:
@@ -529,7 +529,7 @@ class AutoencoderTrainingSettings(SettingsModel):
         validations=5,
         validation_samples=90,
     )
-    crop: int = Field(128, ge=8, description="side of the square training crops, a multiple of 8")
+    crop: int = Field(128, ge=8, description="side of the square training crops, a multiple of the stride")
     image_share: float = Field(0.3, ge=0, le=1, description="share of samples that are images; the rest are masks")
     synthetic_share: float = Field(0.2, ge=0, le=1, description="share of samples that are synthetic masks")
     coarse_share: float = Field(

@@ -452,7 +452,7 @@ class LeafPipeline(DiffusionPipeline):
 
         Args:
             images: ``[B, 3, h, w]`` in 0..1, on the network's grid.
-            latent: starting noise ``[B*S, z, h/8, w/8]``, in the order image by image.
+            latent: starting noise ``[B*S, z, h/s, w/s]`` (latent stride s), in the order image by image.
             visited: timesteps, descending.
             parts: which decoder and which encoder.
 
@@ -465,7 +465,7 @@ class LeafPipeline(DiffusionPipeline):
     def mask_latent(
         self, images: Tensor, latent: Tensor, *, visited: Sequence[int], encoder: PartChoice = "full"
     ) -> Tensor:
-        """The first half of a prediction: arguments as ``_predict``'s, result ``[B*S, z, h/8, w/8]`` in fp32."""
+        """The first half of a prediction: arguments as ``_predict``'s, result ``[B*S, z, h/s, w/s]`` in fp32."""
         # Image latent, once an image.
         device, dtype = self._execution_device, self.unet.dtype
         image_latent = self.encode_images((images * 2 - 1).to(device, dtype), encoder)

@@ -178,6 +178,17 @@ def train_autoencoder(data: Path, run: Path, *overrides: str, **options: object)
     return train(task, settings.training, run, record={"settings": settings.model_dump(mode="json")}, **options)
 
 
+def test_an_autoencoder_of_before_coarse_masks_is_continued_without_them(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train_autoencoder(data, run, "coarse_share=0", stop_after=3)
+    record = json.loads((run / "run.json").read_text())
+    del record["record"]["settings"]["coarse_share"]
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=r"settings.coarse_share: 0.0 then, 0.5 now"):
+        train_autoencoder(data, run, resume=True)
+    assert train_autoencoder(data, run, "coarse_share=0", resume=True).status == "finished"
+
+
 def test_an_autoencoder_resumes_exactly(data: Path, tmp_path: Path, same_checkpoint: SameCheckpoint) -> None:
     train_autoencoder(data, tmp_path / "whole")
     train_autoencoder(data, tmp_path / "cut", stop_after=4)

@@ -44,7 +44,9 @@ class SingleStep(nn.Module):
         self._final_alpha_bar = float(pipeline.scheduler.final_alpha_cumprod)
 
     def forward(self, image: Tensor, noise: Tensor) -> Tensor:
-        """Probability, float32 ``[B, C, h, w]``, of images ``[B, 3, h, w]`` in 0..1 and noise ``[B, z, h/8, w/8]``."""
+        """Probability, float32 ``[B, C, h, w]``, of images ``[B, 3, h, w]`` in 0..1 and noise ``[B, z, h/s, w/s]``;
+        s is the latent stride.
+        """
         dtype = self.unet.dtype
         image_latent = scale_latent(self.image_encoder(image.to(dtype) * 2 - 1), self.vae.config)
         prediction = self.unet.denoise(torch.cat([image_latent, noise.to(dtype)], 1), self.timestep)

@@ -53,7 +53,7 @@ class ImageEncoder(ModelMixin, ConfigMixin):
                 module.dropout.p = dropout
 
     def forward(self, images: Tensor) -> Tensor:
-        """Code ``[B, latent_channels, H/8, W/8]`` of images ``[B, 3, H, W]`` in -1..1, before latent scaling."""
+        """Code ``[B, latent_channels, H/s, W/s]`` of images ``[B, 3, H, W]`` in -1..1 (stride s), before scaling."""
         mode: Tensor = DiagonalGaussianDistribution(self.quant_conv(self.encoder(images))).mode()
         return mode
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from leafseg.errors import CheckpointError, MissingExtraError, last_line
 
-# Images [B, 3, h, w] in 0..1 and noise [B, z, h/8, w/8] to probabilities [B, C, h, w], all float32.
+# Images [B, 3, h, w] in 0..1 and noise [B, z, h/s, w/s] (latent stride s) to probabilities [B, C, h, w], all float32.
 Graph = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.float32]]
 INPUTS, OUTPUT = ("image", "noise"), "probability"
 

@@ -104,7 +104,7 @@ class Runtime:
     def draw_noise(
         self, placed: NDArray[np.float32], *, noise: Noise | None = None, num_samples: int = 1
     ) -> NDArray[np.float32]:
-        """Starting noise ``[S, z, h/8, w/8]`` of a network input ``[3, h, w]``."""
+        """Starting noise ``[S, z, h/s, w/s]`` (latent stride s) of a network input ``[3, h, w]``."""
         stride = self.folder.latent_stride
         shape = (self.folder.latent_channels, placed.shape[1] // stride, placed.shape[2] // stride)
         if (noise or self.folder.noise) == "zeros":
@@ -116,7 +116,7 @@ class Runtime:
 
         Args:
             images: float32 ``[B, 3, h, w]`` in 0..1; any batch, and any h and w that are multiples of the stride.
-            noise: float32 ``[B, z, h/8, w/8]``.
+            noise: float32 ``[B, z, h/s, w/s]`` with the latent stride s.
 
         Returns:
             Probability, float32 ``[B, C, h, w]``.

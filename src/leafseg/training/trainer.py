@@ -364,6 +364,8 @@ _FREE = ("settings.training.steps", "settings.training.minutes", "settings.data.
          "settings.training.save_every", "settings.training.validations", "settings.training.validation_samples",
          "settings.training.micro_batch_size", "settings.training.gradient_checkpointing",
          "settings.training.latent_cache_mb", "settings.teacher.cache_dir", "settings.teacher.cache_mb")  # fmt: skip
+# What a training did before such a setting existed, where that is not the setting's default.
+_BEFORE_IT_EXISTED = {"settings.coarse_share": 0.0}
 # Free as well, unless they decide when dropout acts.
 _FREE_AT_ONCE = ("settings.training.validate_every", "settings.training.validate_from")
 
@@ -371,7 +373,8 @@ _FREE_AT_ONCE = ("settings.training.validate_every", "settings.training.validate
 def _same_record(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     before, after = _flat(old), _flat(new)
     # A setting that did not exist when the run began: its default is what was done before it.
-    before = {**{f"settings.{n}": v for n, v in _flat(Settings().model_dump(mode="json")).items()}, **before}
+    defaults = {f"settings.{n}": v for n, v in _flat(Settings().model_dump(mode="json")).items()}
+    before = {**defaults, **_BEFORE_IT_EXISTED, **before}
     at_once = after.get("settings.training.train_mode_after_validation", "at_once") == "at_once"
     free = {*_FREE, *(_FREE_AT_ONCE if at_once else ())}
     names = sorted(n for n in after if before.get(n) != after[n] and n not in free)
