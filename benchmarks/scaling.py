@@ -140,6 +140,13 @@ def draw(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         axes.errorbar(x, y, yerr=[below, above], marker="o", capsize=2, label=f"exponent {row['exponent']}")
         axes.plot(x, [y[0] * value / x[0] for value in x], "--", color="grey", linewidth=1, label="linear")
         axes.set(xscale="log", yscale="log", title=question, xlabel=row["unit"], ylabel="ms" if number == 1 else "")
+        # The measured points as marks: the marks of a logarithmic axis fall on each other where it spans little.
+        axes.set_xticks(x, [f"{value:,}" for value in x], fontsize=8, rotation=30 if x[-1] > 9999 else 0)
+        axes.minorticks_off()
+        low, high = axes.get_ylim()
+        decades = [10**power for power in range(7)]
+        marks = [value for decade in decades for value in (decade, 2 * decade, 5 * decade) if low < value < high]
+        axes.set_yticks(marks, [f"{value:,}" for value in marks], fontsize=8)
         axes.legend(fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

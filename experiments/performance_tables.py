@@ -167,6 +167,25 @@ def start_up(records: Sequence[Record]) -> list[str]:
     return (table(head, rows) if rows else [MISSING, ""]) + conditions(mine)
 
 
+def networks(records: Sequence[Record]) -> list[str]:
+    mine = of(records, "networks")
+    rows = [
+        [row["mode"], f"{row['size']} px, batch {row['batch']}",
+         *(f"{row[name]['median_ms']:.1f} [{row[name]['fastest_ms']:.1f}, {row[name]['slowest_ms']:.1f}]"
+           for name in ("present", "before")), f"{row['ratio']:.2f}"]
+        for record in mine
+        for row in record["rows"]
+    ]  # fmt: skip
+    sizes = [
+        f"At {one['size']} px the present network does {one['gflop']:.1f} GFLOP an image with "
+        f"{one['parameters']:,} parameters, the one of before {other['gflop']:.1f} with {other['parameters']:,}."
+        for record in mine
+        for one, other in [(record["networks"]["present"], record["networks"]["before"])]
+    ]
+    head = ["mode", "", "present, ms", "before, ms", "present / before"]
+    return [*sizes, "", *table(head, rows), *conditions(mine)] if rows else [MISSING, ""]
+
+
 def data_loading(records: Sequence[Record]) -> list[str]:
     mine = of(records, "data loading")
     rows = [
@@ -298,6 +317,11 @@ def page(records: Sequence[Record]) -> str:
         "## Start-up",
         "",
         *start_up(records),
+        "## leaf-tiny against its network of before",
+        "",
+        "Latents of stride 4 against stride 8 (`configs/tiny-stride-8.yaml`), timed in turn.",
+        "",
+        *networks(records),
         "## Data loading",
         "",
         *data_loading(records),
