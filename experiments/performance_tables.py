@@ -32,6 +32,16 @@ MODES = (
 Record = Mapping[str, Any]
 
 
+# How the models of the agreement records came about; leafseg benchmark writes no command of its own.
+AGREEMENT_COMMANDS = (
+    "- agreement-tiny-NAME: `leafseg train --data DATA/NAME --preset leaf-tiny --modality microscopy --minutes 4",
+    "  --out RUN`, then `leafseg benchmark RUN --images HELD_OUT --limit 100 --repeats 7 --out FILE`; HELD_OUT holds the",
+    "  images of the test part (RUN/split.csv).",
+    "- agreement-base-random: `leafseg benchmark MODEL --repeats 1 --out FILE` on a model of `write_random_model` in",
+    "  `benchmarks/_common.py` (random weights: its masks say nothing, so none are compared).",
+)
+
+
 def read_records(folder: Path) -> list[Record]:
     """All full records; one of a --quick check is no result."""
     records = [json.loads(path.read_text()) | {"file": path.name} for path in sorted(folder.glob("*.json"))]
@@ -215,7 +225,7 @@ def agreement(records: Sequence[Record]) -> list[str]:
                 str(record["compared_images"]) if row["agreement"] is not None else "",
             ])  # fmt: skip
     head = ["model", "mode", "times faster", "latent", "probability", "largest pixel", "Dice (worst image)", "images"]
-    return table(head, rows) if rows else [MISSING, ""]
+    return [*table(head, rows), *AGREEMENT_COMMANDS, ""] if rows else [MISSING, ""]
 
 
 def training(records: Sequence[Record]) -> list[str]:
@@ -267,6 +277,13 @@ def choices(records: Sequence[Record]) -> list[str]:
         best = best_row(records, preset)
         figure = MISSING if best is None else f"{best['ratio']:.2f} times the plain model ({best['mode']})"
         lines.append(f"- **Many images on one machine**, {preset}: `leafseg benchmark MODEL`, then `--fast`: {figure}.")
+    lines += [
+        f"- **Masks must stay**: `leafseg benchmark` leaves out modes whose masks agree with the plain model's by less "
+        f"than a Dice of {record['min_agreement']}. For {record['file'].removesuffix('.json')} it chose {record['best']}, "
+        f"{next(row['ratio'] for row in record['rows'] if row['name'] == record['best']):.2f} times the plain model."
+        for record in records
+        if record.get("best") and record.get("compared_images")
+    ]
     lines.append("- **Results to the last bit**: no option. The default is fp32 in channels_last.")
     lines.append(
         "- **No bf16 in the processor, or fp32 precision wanted**: the folded fp32 modes differ by rounding alone."
@@ -329,7 +346,8 @@ def page(records: Sequence[Record]) -> str:
         "",
         "One optimizer step, the teacher and averaged weights included. `plain` is a loop without economies: fp32,",
         "PyTorch's memory order, the teacher on every augmented image, images read from disk each time. The others",
-        "take one economy away from what is shipped, or add one.",
+        "take one economy away from what is shipped, or add one. Brackets hold the fastest and the slowest step: where",
+        "they overlap, the difference of two arrangements is not resolved.",
         "",
         *training(records),
         "## Scaling",

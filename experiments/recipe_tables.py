@@ -176,7 +176,7 @@ def main() -> None:
         "```",
         "",
         f"Splits: {'; '.join(f'{name} {sha}' for name, sha in splits)}. Other work shared the machines (on the GPU",
-        "up to 15 other trainings), so that samples/s are no measure of cost.",
+        "up to 15 other trainings: `--jobs 16`), so that samples/s are no measure of cost.",
         "",
     ]
     for plan in plans:
