@@ -35,8 +35,8 @@ Record = Mapping[str, Any]
 # How the models of the agreement records came about; leafseg benchmark writes no command of its own.
 AGREEMENT_COMMANDS = (
     "- agreement-tiny-NAME: `leafseg train --data DATA/NAME --preset leaf-tiny --modality microscopy --minutes 4",
-    "  --out RUN`, then `leafseg benchmark RUN --images HELD_OUT --limit 100 --repeats 7 --out FILE`; HELD_OUT holds the",
-    "  images of the test part (RUN/split.csv).",
+    "  --out RUN`, then `leafseg benchmark RUN --images HELD_OUT --limit 100 --repeats 7 --out FILE`; HELD_OUT holds",
+    "  the images of the test part (RUN/split.csv).",
     "- agreement-base-random: `leafseg benchmark MODEL --repeats 1 --out FILE` on a model of `write_random_model` in",
     "  `benchmarks/_common.py` (random weights: its masks say nothing, so none are compared).",
 )
@@ -279,8 +279,8 @@ def choices(records: Sequence[Record]) -> list[str]:
         lines.append(f"- **Many images on one machine**, {preset}: `leafseg benchmark MODEL`, then `--fast`: {figure}.")
     lines += [
         f"- **Masks must stay**: `leafseg benchmark` leaves out modes whose masks agree with the plain model's by less "
-        f"than a Dice of {record['min_agreement']}. For {record['file'].removesuffix('.json')} it chose {record['best']}, "
-        f"{next(row['ratio'] for row in record['rows'] if row['name'] == record['best']):.2f} times the plain model."
+        f"than a Dice of {record['min_agreement']}. For {record['file'].removesuffix('.json')} it chose "
+        f"{record['best']}, {next(row['ratio'] for row in record['rows'] if row['name'] == record['best']):.2f} times the plain model."
         for record in records
         if record.get("best") and record.get("compared_images")
     ]
