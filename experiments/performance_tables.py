@@ -277,13 +277,15 @@ def choices(records: Sequence[Record]) -> list[str]:
         best = best_row(records, preset)
         figure = MISSING if best is None else f"{best['ratio']:.2f} times the plain model ({best['mode']})"
         lines.append(f"- **Many images on one machine**, {preset}: `leafseg benchmark MODEL`, then `--fast`: {figure}.")
-    lines += [
-        f"- **Masks must stay**: `leafseg benchmark` leaves out modes whose masks agree with the plain model's by less "
-        f"than a Dice of {record['min_agreement']}. For {record['file'].removesuffix('.json')} it chose "
-        f"{record['best']}, {next(row['ratio'] for row in record['rows'] if row['name'] == record['best']):.2f} times the plain model."
-        for record in records
-        if record.get("best") and record.get("compared_images")
-    ]
+    for record in records:
+        if not (record.get("best") and record.get("compared_images")):
+            continue
+        ratio = next(row["ratio"] for row in record["rows"] if row["name"] == record["best"])
+        lines.append(
+            "- **Masks must stay**: `leafseg benchmark` leaves out modes whose masks agree with the plain model's "
+            f"by less than a Dice of {record['min_agreement']}. For {record['file'].removesuffix('.json')} it chose "
+            f"{record['best']}, {ratio:.2f} times the plain model."
+        )
     lines.append("- **Results to the last bit**: no option. The default is fp32 in channels_last.")
     lines.append(
         "- **No bf16 in the processor, or fp32 precision wanted**: the folded fp32 modes differ by rounding alone."
