@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from leafseg.errors import CheckpointError
 from leafseg.model.autoencoder import MaskDecoder
 from leafseg.model.compact import CompactImageEncoder, CompactMaskDecoder
+from leafseg.model.group_norm import group_norm
 from leafseg.model.image_encoder import ImageEncoder
 from leafseg.model.unet import MaskUNet
 
@@ -168,7 +169,7 @@ class FoldedNorm(nn.Module):
             self.affine = {t: (weight * (1 + scale), bias * (1 + scale) + shift) for t, (scale, shift) in films.items()}
 
     def forward(self, sample: Tensor, timestep: int | None = None) -> Tensor:
-        return F.group_norm(sample, self.groups, *self.affine[timestep], self.eps)
+        return group_norm(sample, self.groups, *self.affine[timestep], self.eps)
 
 
 class FoldedResnet(nn.Module):

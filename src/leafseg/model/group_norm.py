@@ -1,8 +1,8 @@
-"""Group normalisation whose gradient does not crawl on a CPU.
+"""Group normalisation that does not crawl on a CPU.
 
-PyTorch's CPU gradient of group normalisation walks channels_last tensors channel group by channel group. With few
-channels a group (16 channels at full resolution in 8 groups) it takes as long as several convolutions; the same
-gradient in sums and products of whole rows takes a fraction of that (docs/performance.md).
+PyTorch's CPU kernels walk channels_last tensors channel group by channel group: the gradient's always, the forward one
+below 1024 pixels (torch 2.13). With few channels a group that is as slow as several convolutions; the same in sums and
+products of whole rows takes a fraction of it (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -16,10 +16,26 @@ from torch.autograd.function import once_differentiable
 
 # From so many channels a group on PyTorch's own gradient runs in vectors too (measured with torch 2.13, AVX-512).
 _OWN_BELOW = {torch.float32: 8, torch.bfloat16: 16}
+# PyTorch's forward kernel goes by rows from so many pixels on; below, ours pays from so many numbers on.
+_FEW_PIXELS = 1024
+_FORWARD_PAYS_FROM = {torch.float32: 131_072, torch.bfloat16: 8_192}
+
+
+def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """As ``F.group_norm`` but for rounding, without a gradient, by the kernel that suits the input.
+
+    Args:
+        x: ``[N, C, H, W]``, any float type and memory format; the result has both.
+        groups, eps: as there.
+        weight, bias: ``[C]``, in fp32 or the input's type.
+    """
+    if _pays(x, groups) and _forward_pays(x):
+        return _by_rows(x, weight, bias, groups, eps)[0]
+    return F.group_norm(x, groups, weight, bias, eps)
 
 
 class QuickGroupNorm(nn.GroupNorm):
-    """An ``nn.GroupNorm`` with its parameters, its values to the bit, and a gradient that is equal but for rounding."""
+    """An ``nn.GroupNorm`` with its parameters; values and gradient of a training are equal but for rounding."""
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.is_grad_enabled() and input.requires_grad and self.affine and _pays(input, self.num_groups):
@@ -45,13 +61,34 @@ def _pays(x: Tensor, groups: int) -> bool:
     return x.device.type == "cpu" and in_rows and x.shape[1] // groups < _OWN_BELOW.get(x.dtype, 0)
 
 
+def _forward_pays(x: Tensor) -> bool:
+    return x.shape[2] * x.shape[3] < _FEW_PIXELS and x.numel() >= _FORWARD_PAYS_FROM[x.dtype]
+
+
+def _by_rows(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised ``x``, and the groups' mean and reciprocal standard deviation ``[N, G]``, both fp32."""
+    n, c, h, w = x.shape
+    count = h * w * c // groups
+    rows = x.permute(0, 2, 3, 1).reshape(n, h * w, c).float()
+    mean = rows.sum(1).view(n, groups, -1).sum(2) / count
+    square = rows.square().sum(1).view(n, groups, -1).sum(2) / count
+    rstd = (square - mean.square()).clamp_(min=0).add_(eps).rsqrt_()
+    scale = weight.float().view(groups, -1) * rstd[..., None]  # [N, G, C / G]
+    shift = bias.float().view(groups, -1) - scale * mean[..., None]
+    y = torch.addcmul(shift.view(n, 1, c), rows, scale.view(n, 1, c)).to(x.dtype)
+    return y.view(n, h, w, c).permute(0, 3, 1, 2), mean, rstd
+
+
 class _RowwiseGroupNorm(torch.autograd.Function):
     """``[N, C, H, W]`` in channels_last."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
         n, c, h, w = x.shape
-        y, mean, rstd = torch.native_group_norm(x, weight, bias, n, c, h * w, groups, eps)
+        if _forward_pays(x):
+            y, mean, rstd = _by_rows(x, weight, bias, groups, eps)
+        else:
+            y, mean, rstd = torch.native_group_norm(x, weight, bias, n, c, h * w, groups, eps)
         ctx.save_for_backward(x, weight, mean.float(), rstd.float())
         ctx.groups = groups
         return y
