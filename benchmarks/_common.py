@@ -113,18 +113,27 @@ def write_images(folder: Path, count: int, side: int) -> None:
 
 
 def write_random_model(
-    folder: Path, settings: Settings, *, label_names: Sequence[str] = ("background", "foreground")
+    folder: Path,
+    settings: Settings,
+    *,
+    label_names: Sequence[str] = ("background", "foreground"),
+    compact: bool = False,
 ) -> None:
-    """A pipeline folder with random weights: they change no timing."""
+    """A pipeline folder with random weights: they change no timing. ``compact`` adds the parts of `leafseg compact`."""
     import torch
 
     from leafseg.model.build import build_components
+    from leafseg.model.compact import CompactImageEncoder, CompactMaskDecoder
     from leafseg.model_folder import save_model_folder
     from leafseg.pipeline import LeafPipeline
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         parts = build_components(settings, label_names=tuple(label_names), with_weights=False)
+        light: dict[str, Any] = {}
+        if compact:
+            light["compact_decoder"] = CompactMaskDecoder.for_autoencoder(parts.autoencoder.config)
+            light["compact_encoder"] = CompactImageEncoder.for_encoder(parts.image_encoder.config)
     pipeline = LeafPipeline(
         unet=parts.unet,
         vae=parts.autoencoder,
@@ -132,6 +141,7 @@ def write_random_model(
         scheduler=parts.scheduler,
         preprocessing=settings.data.preprocessing.model_dump(mode="json"),
         mask_code={"name": parts.mask_code.name, "label_names": list(label_names)},
+        **light,
     )
     save_model_folder(pipeline, folder)
 
@@ -147,13 +157,13 @@ def ended_by_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def random_model(preset: str, size: int, *, quick: bool = False) -> Iterator[Path]:
+def random_model(preset: str, size: int, *, quick: bool = False, compact: bool = False) -> Iterator[Path]:
     """A pipeline folder with random weights, made by a child so that this process stays small; removed at the end."""
     with tempfile.TemporaryDirectory(prefix="leafseg-benchmark-") as folder, ended_by_sigterm():
         if quick:
-            write_random_model(Path(folder), model_settings(preset, size, quick=True))
+            write_random_model(Path(folder), model_settings(preset, size, quick=True), compact=compact)
         else:
-            job = {"folder": folder, "preset": preset, "size": size}
+            job = {"folder": folder, "preset": preset, "size": size, "compact": compact}
             run_child([sys.executable, __file__, json.dumps(job)])
         yield Path(folder)
 
@@ -233,4 +243,5 @@ def plain_and_default(folder: Path) -> dict[str, Callable[[], tuple[LeafPipeline
 
 if __name__ == "__main__":  # the child of random_model
     wanted = json.loads(sys.argv[1])
-    write_random_model(Path(wanted["folder"]), model_settings(wanted["preset"], wanted["size"]))
+    settings = model_settings(wanted["preset"], wanted["size"])
+    write_random_model(Path(wanted["folder"]), settings, compact=wanted["compact"])

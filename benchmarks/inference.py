@@ -2,6 +2,7 @@
 
     .venv/bin/python benchmarks/inference.py --preset leaf-tiny --out docs/results/performance/inference-tiny.json
     .venv/bin/python benchmarks/inference.py --preset leaf-base --sizes 256 --batches 1 --repeats 3 --out FILE
+    .venv/bin/python benchmarks/inference.py --preset leaf-base --compact --modes compact --out FILE
 
 Random weights: they change no timing. Each mode is timed alternately with the plain model (fp32, default memory
 format); `ratio` is how many times faster it is. Peaks are of 2048x2048 matrix products, measured before and after. The
@@ -35,7 +36,11 @@ from _common import (
 @contextmanager
 def timed_parts(pipeline: Any, parts: dict[str, list[float]]) -> Iterator[None]:
     """Seconds of the three networks, appended at every call."""
-    places = ((pipeline.image_encoder, "forward"), (pipeline.unet, "denoise"), (pipeline.vae, "decode"))
+    places = (
+        (pipeline.compact_encoder if pipeline.encoder == "compact" else pipeline.image_encoder, "forward"),
+        (pipeline.unet, "denoise"),
+        (pipeline.compact_decoder, "decode_pictures") if pipeline.decoder == "compact" else (pipeline.vae, "decode"),
+    )
     for name, (owner, method) in zip(("image encoder", "U-Net", "mask decoder"), places, strict=True):
         original = getattr(owner, method)
 
@@ -99,6 +104,7 @@ def main() -> None:
     options.add_argument("--sizes", type=int, nargs="+", default=[256])
     options.add_argument("--batches", type=int, nargs="+", default=[1])
     options.add_argument("--modes", nargs="+", help="only those whose name contains one of these")
+    options.add_argument("--compact", action="store_true", help="also the light parts of leafseg compact")
     options.add_argument("--compile", action="store_true", help="also torch.compile: minutes")
     arguments = options.parse_args()
     if arguments.quick:
@@ -113,10 +119,12 @@ def main() -> None:
     peaks = matmul_peaks(side=side)
     print(f"matmul peak: fp32 {peaks['fp32']} GFLOP/s, bf16 {peaks['bf16']} GFLOP/s", flush=True)
     record = {"question": "inference", **about, "preset": arguments.preset, "gflop": {}, "rows": []}
-    with random_model(arguments.preset, arguments.sizes[0], quick=arguments.quick) as folder:
+    with random_model(arguments.preset, arguments.sizes[0], quick=arguments.quick, compact=arguments.compact) as folder:
         modes: dict[str, Any] = plain_and_default(folder)
         load_plain = modes.pop("plain")
-        for name, arrangement in candidates(compiled=arguments.compile).items():
+        for name, arrangement in candidates(
+            compiled=arguments.compile, compact="both" if arguments.compact else "none"
+        ).items():
             modes[name] = lambda a=arrangement: (load_folded(str(folder), a), nullcontext)
         wanted = arguments.modes or [""]
         modes = {name: load for name, load in modes.items() if any(word in name for word in wanted)}

@@ -392,7 +392,7 @@ def page() -> None:
         "",
         *work(),
         "",
-        "Counted, not measured. Times: `benchmarks/compact.py`.",
+        "Counted, not measured. Times: [performance](../performance.md), modes that end in `compact`.",
         "",
         *decoder_section(decoders[-1] if decoders else None),
         *end_to_end_section(list(newest.values())),

@@ -106,11 +106,13 @@ def parts(cells: Mapping[tuple[str, int, int], Record]) -> list[str]:
     found = {mode: row for (mode, size, batch), row in cells.items() if (size, batch) == (256, 1) and "parts_ms" in row}
     if not found:
         return ["Where the time of one 256 px image goes: " + MISSING + ".", ""]
-    best = min(found, key=lambda mode: found[mode]["median_ms"])
+    kinds = [[mode for mode in found if is_compact(mode) == compact] for compact in (False, True)]
+    fastest = [min(modes, key=lambda mode: found[mode]["median_ms"]) for modes in kinds if modes]
+    best = fastest[0]
     rows = []
     for name, whole, split in (
         ("plain", found[best]["plain"]["median_ms"], found[best]["plain_parts_ms"]),
-        (best, found[best]["median_ms"], found[best]["parts_ms"]),
+        *((mode, found[mode]["median_ms"], found[mode]["parts_ms"]) for mode in fastest),
     ):
         rows.append(
             [name, *(f"{ms:.1f}" for ms in split.values()), f"{whole - sum(split.values()):.1f}", f"{whole:.1f}"]
@@ -263,9 +265,17 @@ def scaling(records: Sequence[Record]) -> list[str]:
     return lines + conditions(mine)
 
 
-def best_row(records: Sequence[Record], preset: str, size: int = 256, batch: int = 1) -> Record | None:
-    """The fastest mode of a cell."""
+def is_compact(mode: str) -> bool:
+    """Whether a mode has the light parts of `leafseg compact`, whose masks are those of another model."""
+    return mode.endswith(", compact")
+
+
+def best_row(
+    records: Sequence[Record], preset: str, size: int = 256, batch: int = 1, *, compact: bool = False
+) -> Record | None:
+    """The fastest mode of a cell, among those with the light parts or those without."""
     rows = [row for record in of(records, "inference", preset) for row in record["rows"]]
+    rows = [row for row in rows if is_compact(row["mode"]) == compact]
     here = [row for row in rows if (row["size"], row["batch"]) == (size, batch) and "ratio" in row]
     return max(here, key=lambda row: row["ratio"], default=None)
 
@@ -277,6 +287,11 @@ def choices(records: Sequence[Record]) -> list[str]:
         best = best_row(records, preset)
         figure = MISSING if best is None else f"{best['ratio']:.2f} times the plain model ({best['mode']})"
         lines.append(f"- **Many images on one machine**, {preset}: `leafseg benchmark MODEL`, then `--fast`: {figure}.")
+        light = best_row(records, preset, compact=True)
+        figure = (
+            MISSING if light is None else f"{light['ratio']:.2f} times the plain model, {light['ms_an_image']:.0f} ms"
+        )
+        lines.append(f"- **Faster yet, by other networks**, {preset}: [`leafseg compact`](compact.md): {figure}.")
     for record in records:
         if not (record.get("best") and record.get("compared_images")):
             continue

@@ -25,15 +25,15 @@ def _module(path: Path) -> ModuleType:
     return module
 
 
-def _record(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def _record(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> dict[str, Any]:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     out = tmp_path / f"{name}.json"
     script = ROOT / "benchmarks" / f"{name}.py"
-    monkeypatch.setattr(sys, "argv", [str(script), "--quick", "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", [str(script), "--quick", *more, "--out", str(out)])
     _module(script).main()
     record: dict[str, Any] = json.loads(out.read_text())
     assert record["quick"]
-    assert record["command"] == f"benchmarks/{name}.py --quick"
+    assert record["command"] == " ".join([f"benchmarks/{name}.py --quick", *more])
     assert {"torch", "leafseg"} <= record["versions"].keys()
     assert record["processor"]["cores"] >= 1
     assert record["rows"]
@@ -54,6 +54,19 @@ def test_a_benchmark_runs_and_its_record_fills_the_page(
     assert filled.count("not measured") <= empty.count("not measured")
 
 
+def test_light_parts_are_timed_and_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = _record("inference", tmp_path, monkeypatch, "--compact", "--modes", "fp32, folded")
+    modes = {row["mode"]: row for row in record["rows"]}
+    assert set(modes["fp32, folded, compact"]["parts_ms"]) == {"image encoder", "U-Net", "mask decoder"}
+    for row in record["rows"]:
+        row["size"] = 256
+    tables = _module(ROOT / "experiments" / "performance_tables.py")
+    full, light = (tables.best_row([record], "leaf-tiny", compact=compact) for compact in (False, True))
+    assert not tables.is_compact(full["mode"])
+    assert tables.is_compact(light["mode"])
+    assert f"{light['ratio']:.2f} times the plain model, " in tables.page([record | {"quick": False, "file": "x.json"}])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_CHILDREN)
 def test_a_benchmark_of_whole_processes_runs_too(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +85,6 @@ def test_the_exponent_of_a_power_is_the_power(monkeypatch: pytest.MonkeyPatch) -
 
 def test_every_benchmark_has_a_test() -> None:
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("[a-z]*.py")}
-    # These have no --quick: they are about full size, large images, two trained parts, and what pip installs.
-    without = {"full_size_training", "large_images", "compact", "runtime_size"}
+    # These have no --quick: they are about full size, large images, and what pip installs.
+    without = {"full_size_training", "large_images", "runtime_size"}
     assert scripts == {*IN_PROCESS, *WITH_CHILDREN, *without}
