@@ -467,7 +467,10 @@ class LeafPipeline(DiffusionPipeline):
     ) -> Tensor:
         """The first half of a prediction: arguments as ``_predict``'s, result ``[B*S, z, h/s, w/s]`` in fp32."""
         # Image latent, once an image.
-        device, dtype = self._execution_device, self.unet.dtype
+        device, dtype = self.unet.device, self.unet.dtype
+        if device.type == "meta" or hasattr(self.unet, "_hf_hook"):
+            # Parts are moved about. Not asked always: it looks at every module of every part, which takes milliseconds.
+            device = self._execution_device
         image_latent = self.encode_images((images * 2 - 1).to(device, dtype), encoder)
         image_latent = image_latent.repeat_interleave(len(latent) // len(images), 0)
         latent = latent.to(device)

@@ -15,7 +15,9 @@ from leafseg.model.autoencoder import MaskDecoder
 from leafseg.model.build import Components, build_components
 from leafseg.model.folded import (
     FoldedConv,
+    FoldedLinear,
     Kernels,
+    UpsamplingConv,
     fold_decoder,
     fold_encoder,
     fold_unet,
@@ -149,3 +151,24 @@ def test_what_cannot_be_folded_is_refused() -> None:
     )  # fmt: skip
     with pytest.raises(CheckpointError, match="takes its time embedding in a way that fast mode does not know"):
         fold_unet(unet, Kernels(), timesteps=[999])
+
+
+@pytest.mark.skipif(not prepacking_is_available(), reason="this torch has no prepacking")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_in_onednns_order_follow_the_input_size(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    packed, plain = Kernels(dtype, prepacked=True), Kernels(dtype)
+    convolution, linear = nn.Conv2d(16, 24, 3, padding=1), nn.Linear(32, 48)
+    layers = [
+        (UpsamplingConv(convolution, packed), UpsamplingConv(convolution, plain)),
+        (FoldedConv(convolution, packed), FoldedConv(convolution, plain)),
+        (FoldedLinear(linear.weight, linear.bias, packed), FoldedLinear(linear.weight, linear.bias, plain)),
+    ]
+    for quick, wanted in layers:
+        for side in (4, 4, 8, 48, 4):  # the same size again, another, beyond what is packed, and back
+            x = torch.randn(1, 16, side, side).to(dtype, memory_format=torch.channels_last)
+            if isinstance(quick, FoldedLinear):
+                x = torch.randn(1, side**2, 32).to(dtype)
+            with torch.no_grad():
+                made, exact = quick(x).double(), wanted(x).double()
+            assert (made - exact).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * exact.norm()

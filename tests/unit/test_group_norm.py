@@ -27,10 +27,10 @@ def _input(shape: tuple[int, ...], dtype: torch.dtype, *, last: bool = True) -> 
     return x.to(memory_format=torch.channels_last) if last else x
 
 
-# The last two go by rows in the forward direction too, in bf16 or in both types.
+# The last two go by rows in the forward direction too, in bf16 or in both types; smaller ones in bf16 are turned.
 @pytest.mark.parametrize(
     "shape",
-    [(2, 16, 12, 20), (3, 32, 8, 8), (2, 8, 1, 9), (1, 16, 7, 1), (4, 64, 2, 2), (2, 16, 16, 17), (18, 32, 16, 16)],
+    [(2, 16, 12, 20), (3, 32, 8, 8), (2, 8, 1, 9), (1, 16, 7, 1), (4, 64, 2, 2), (18, 16, 16, 17), (18, 32, 16, 16)],
 )
 def test_gradients_agree_with_those_in_double_precision(shape: tuple[int, ...]) -> None:
     plain, quick = _pair(shape[1], 8)

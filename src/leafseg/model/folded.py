@@ -45,7 +45,7 @@ class Kernels:
     Attributes:
         dtype: of weights and activations; norms keep fp32 weights.
         channels_last: memory format of activations.
-        prepacked: where pixels are few, oneDNN reorders convolution weights once for an input size, not at every call.
+        prepacked: where pixels are few, oneDNN reorders weights once for an input size, not at every call.
         winograd_channels: 3x3 convolutions of at least so many channels in and out, at enough pixels, go through
             NNPACK's Winograd kernels, in fp32 whatever ``dtype`` is; None for none.
     """
@@ -63,7 +63,11 @@ def winograd_is_available() -> bool:
 
 def prepacking_is_available() -> bool:
     mkldnn = getattr(torch.ops, "mkldnn", None)
-    needed = ("_reorder_convolution_weight", "_convolution_pointwise")
+    needed = (
+        *("_reorder_convolution_weight", "_convolution_pointwise"),
+        *("_reorder_convolution_transpose_weight", "_convolution_transpose_pointwise"),
+        *("_reorder_linear_weight", "_linear_pointwise"),
+    )
     return torch.backends.mkldnn.is_available() and all(hasattr(mkldnn, name) for name in needed)
 
 
@@ -133,11 +137,34 @@ class UpsamplingConv(nn.Module):
         super().__init__()
         if (convolution.kernel_size, convolution.stride, convolution.padding) != ((3, 3), (1, 1), (1, 1)):
             raise CheckpointError("the convolution after an upsampling is not 3x3, which fast mode does not know")
+        self.kernels = kernels
         self.weight = _stored(upsampling_kernel(convolution.weight.detach().float()), kernels)
         self.bias = None if convolution.bias is None else convolution.bias.detach().to(kernels.dtype)
+        self._packed_for: torch.Size | None = None
 
     def forward(self, sample: Tensor, *_: Any, **__: Any) -> Tensor:
+        if self.kernels.prepacked and sample[:, 0].numel() <= _FEW_PIXELS:
+            return self._prepacked(sample)
+        self._unpack()
         return F.conv_transpose2d(sample, self.weight, self.bias, stride=2, padding=1)
+
+    def _prepacked(self, sample: Tensor) -> Tensor:
+        geometry = ([1, 1], [0, 0], [2, 2], [1, 1], 1)  # padding, output padding, stride, dilation, groups
+        if sample.shape != self._packed_for:
+            self._unpack()
+            self.weight = torch.ops.mkldnn._reorder_convolution_transpose_weight(
+                self.weight.contiguous(), *geometry, list(sample.shape)
+            )
+            self._packed_for = sample.shape
+        convolve = torch.ops.mkldnn._convolution_transpose_pointwise
+        result: Tensor = convolve(sample, self.weight, self.bias, *geometry, "none", [], "")
+        return result
+
+    def _unpack(self) -> None:
+        if self._packed_for is not None:
+            # oneDNN keeps [out, in]; a transposed convolution's weight is [in, out].
+            self.weight = _stored(self.weight.to_dense().transpose(0, 1), self.kernels)
+            self._packed_for = None
 
 
 def upsampling_kernel(weight: Tensor) -> Tensor:
@@ -216,6 +243,34 @@ class FoldedResnet(nn.Module):
         return hidden.add_(sample)
 
 
+class FoldedLinear(nn.Module):
+    """A linear layer over tokens ``[B, N, D]``."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.weight = weight.detach().to(kernels.dtype)
+        self.bias = None if bias is None else bias.detach().to(kernels.dtype)
+        self._packed_for: int | None = None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        count = tokens.shape[0] * tokens.shape[1]
+        if not (self.kernels.prepacked and count <= _FEW_PIXELS):
+            self._unpack()
+            return F.linear(tokens, self.weight, self.bias)
+        if count != self._packed_for:
+            self._unpack()
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, count)
+            self._packed_for = count
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(tokens, self.weight, self.bias, "none", [], "")
+        return result
+
+    def _unpack(self) -> None:
+        if self._packed_for is not None:
+            self.weight = self.weight.to_dense().contiguous()
+            self._packed_for = None
+
+
 class FoldedAttention(nn.Module):
     """Self-attention over the pixels, with one projection for query, key and value."""
 
@@ -227,21 +282,19 @@ class FoldedAttention(nn.Module):
         self.norm = None if attention.group_norm is None else FoldedNorm(attention.group_norm)
         self.heads, self.residual = int(attention.heads), bool(attention.residual_connection)
         parts = (attention.to_q, attention.to_k, attention.to_v)
-        self.weight = torch.cat([part.weight.detach() for part in parts]).to(kernels.dtype)
         biases = [part.bias for part in parts]
-        self.bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases]).to(kernels.dtype)
-        out = attention.to_out[0]
-        self.out_weight = out.weight.detach().to(kernels.dtype)
-        self.out_bias = None if out.bias is None else out.bias.detach().to(kernels.dtype)
+        bias = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
+        self.projections = FoldedLinear(torch.cat([part.weight.detach() for part in parts]), bias, kernels)
+        self.out = FoldedLinear(attention.to_out[0].weight, attention.to_out[0].bias, kernels)
 
     def forward(self, sample: Tensor, **_: Any) -> Tensor:
         batch, channels, height, width = sample.shape
         hidden = sample if self.norm is None else self.norm(sample)
         tokens = hidden.permute(0, 2, 3, 1).reshape(batch, height * width, channels)  # a view of channels_last
-        made = F.linear(tokens, self.weight, self.bias)  # [B, N, 3D]
+        made = self.projections(tokens)  # [B, N, 3D]
         query, key, value = made.view(batch, height * width, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(query, key, value)  # [B, heads, N, D / heads]
-        tokens = F.linear(attended.transpose(1, 2).flatten(2), self.out_weight, self.out_bias)
+        tokens = self.out(attended.transpose(1, 2).flatten(2))
         result = tokens.view(batch, height, width, -1).permute(0, 3, 1, 2)
         return result + sample if self.residual else result
 

@@ -16,9 +16,10 @@ from torch.autograd.function import once_differentiable
 
 # From so many channels a group on PyTorch's own gradient runs in vectors too (measured with torch 2.13, AVX-512).
 _OWN_BELOW = {torch.float32: 8, torch.bfloat16: 16}
-# PyTorch's forward kernel goes by rows from so many pixels on; below, ours pays from so many numbers on.
+# PyTorch's forward kernel goes by rows from so many pixels on; below, ours pays from so many numbers on. In bf16 fewer
+# are better turned into PyTorch's default order and back, which its kernel takes in vectors.
 _FEW_PIXELS = 1024
-_FORWARD_PAYS_FROM = {torch.float32: 131_072, torch.bfloat16: 8_192}
+_ROWS_PAY_FROM = {torch.float32: 131_072, torch.bfloat16: 65_536}
 
 
 def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -29,8 +30,8 @@ def group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float)
         groups, eps: as there.
         weight, bias: ``[C]``, in fp32 or the input's type.
     """
-    if _pays(x, groups) and _forward_pays(x):
-        return _by_rows(x, weight, bias, groups, eps)[0]
+    if _pays(x, groups):
+        return _normalised(x, weight, bias, groups, eps)[0]
     return F.group_norm(x, groups, weight, bias, eps)
 
 
@@ -61,12 +62,19 @@ def _pays(x: Tensor, groups: int) -> bool:
     return x.device.type == "cpu" and in_rows and x.shape[1] // groups < _OWN_BELOW.get(x.dtype, 0)
 
 
-def _forward_pays(x: Tensor) -> bool:
-    return x.shape[2] * x.shape[3] < _FEW_PIXELS and x.numel() >= _FORWARD_PAYS_FROM[x.dtype]
+def _normalised(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised ``x``, and the groups' mean and reciprocal standard deviation ``[N, G]``."""
+    n, c, h, w = x.shape
+    few = h * w < _FEW_PIXELS
+    if few and x.numel() >= _ROWS_PAY_FROM[x.dtype]:
+        return _by_rows(x, weight, bias, groups, eps)
+    turned = few and x.dtype == torch.bfloat16
+    given = x.contiguous() if turned else x
+    y, mean, rstd = torch.native_group_norm(given, weight, bias, n, c, h * w, groups, eps)
+    return y.contiguous(memory_format=torch.channels_last) if turned else y, mean, rstd
 
 
 def _by_rows(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalised ``x``, and the groups' mean and reciprocal standard deviation ``[N, G]``, both fp32."""
     n, c, h, w = x.shape
     count = h * w * c // groups
     rows = x.permute(0, 2, 3, 1).reshape(n, h * w, c).float()
@@ -84,11 +92,7 @@ class _RowwiseGroupNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-        n, c, h, w = x.shape
-        if _forward_pays(x):
-            y, mean, rstd = _by_rows(x, weight, bias, groups, eps)
-        else:
-            y, mean, rstd = torch.native_group_norm(x, weight, bias, n, c, h * w, groups, eps)
+        y, mean, rstd = _normalised(x, weight, bias, groups, eps)
         ctx.save_for_backward(x, weight, mean.float(), rstd.float())
         ctx.groups = groups
         return y
