@@ -181,7 +181,7 @@ def distil_decoder(data: list[Path], out: Path, minutes: float, masks: int) -> N
     )
 
 
-def end_to_end(data: Path, model: Path, out: Path, minutes: float) -> None:
+def end_to_end(data: Path, model: Path, out: Path, minutes: float, note: str) -> None:
     """`leafseg compact` on a trained model, then Dice against the truth with the full and with the compact parts."""
     arguments = ["compact", model, "--images", data, "--data", data, "--out", out, "--minutes", minutes]
     ended = subprocess.run([sys.executable, "-m", "leafseg", *map(str, arguments), "--resume", "auto"])
@@ -211,7 +211,12 @@ def end_to_end(data: Path, model: Path, out: Path, minutes: float) -> None:
             "written": (out / PIPELINE_FOLDER).is_dir(),
             "agreement": stored["agreement"],
             "dice": scores,
-            "training": {part: training_figures(out / part) for part in ("decoder", "encoder")},
+            "training": {
+                part: training_figures(out / part)
+                for part in ("decoder", "tuning", "encoder")
+                if (out / part / "run.json").is_file()
+            },
+            "note": note,
             "seed": load_compact_settings().decoder.training.seed,
         }
     )
@@ -370,6 +375,8 @@ def end_to_end_section(found: list[dict[str, Any]]) -> list[str]:
     for record in found:
         steps = ", ".join(f"{part} {row['steps']} steps" for part, row in record["training"].items())
         text += [f"`{record['command']}` ({steps}; {record['hardware']}, commit {record['commit'][:7]})", ""]
+        if record.get("note"):
+            text += [record["note"], ""]
         for label in record["dice"].get("full", {}):
             full, light = record["dice"]["full"][label], record["dice"]["compact"][label]
             text += [f"- Dice with the truth, {label}: full {interval(full)}, compact {interval(light)}"]
@@ -414,6 +421,7 @@ def main() -> None:
         if name == "decoder":
             unit.add_argument("--masks", type=int, default=40, help="at most so many test masks a set")
         if name == "end-to-end":
+            unit.add_argument("--note", default="", help="what the page shall say about this run")
             unit.add_argument("--model", type=Path, required=True, help="a trained run")
     units.add_parser("page")
     arguments = parser.parse_args()
@@ -425,7 +433,7 @@ def main() -> None:
     elif arguments.unit == "end-to-end":
         if len(arguments.data) != 1:
             parser.error("end-to-end takes one --data, that of the model")
-        end_to_end(arguments.data[0], arguments.model, arguments.out, arguments.minutes)
+        end_to_end(arguments.data[0], arguments.model, arguments.out, arguments.minutes, arguments.note)
     page()
 
 

@@ -670,9 +670,9 @@ def compact(
     bar: Annotated[
         float, typer.Option(help="Mean Dice with the full model's masks below which none is written.")
     ] = 0.995,
-    steps: Annotated[int | None, typer.Option(min=1, help="Budget of each part in optimizer steps.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Budget of each training in optimizer steps.")] = None,
     minutes: Annotated[
-        float | None, typer.Option(min=0.01, help="Budget in minutes; of both parts, a third is the decoder's.")
+        float | None, typer.Option(min=0.01, help="Budget in minutes; of both parts, half is the encoder's.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     resume: Annotated[Resume, typer.Option(help="auto: continue what has begun.")] = Resume.no,
@@ -686,10 +686,13 @@ def compact(
     if steps is not None and minutes is not None:
         raise ConfigError("--steps and --minutes are both given; give one of them")
     chosen = [part for part in PARTS if parts in (CompactParts.both, part)]
-    shares = {"decoder": 1 / 3, "encoder": 2 / 3} if len(chosen) == 2 else dict.fromkeys(chosen, 1.0)
+    # The decoder is trained twice: on masks, then on what the model predicts.
+    trainings = [name for part in chosen for name in (("decoder", "tuning") if part == "decoder" else ("encoder",))]
+    shares = {"decoder": 0.5, "tuning": 0.5, "encoder": 1.0}
     dotted = list(overrides or [])
-    for part in chosen:
-        given = {"steps": steps, "seed": seed, "minutes": None if minutes is None else round(minutes * shares[part], 3)}
+    for part in trainings:
+        share = None if minutes is None else round(minutes * shares[part] / len(chosen), 3)
+        given = {"steps": steps, "seed": seed, "minutes": share}
         dotted += [f"{part}.training.{name}={value}" for name, value in given.items() if value is not None]
     data_settings, run_split = _data_of_run(model, None)
     result = run_compact(

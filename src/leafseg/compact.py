@@ -28,7 +28,7 @@ from leafseg.runs import (
     is_run,
     model_sha256,
 )
-from leafseg.training.compact_tasks import DecoderDistillationTask, EncoderDistillationTask
+from leafseg.training.compact_tasks import DecoderDistillationTask, DecoderTuningTask, EncoderDistillationTask
 from leafseg.training.run import library_versions
 from leafseg.training.trainer import TrainingResult
 from leafseg.training.trainer import train as run_loop
@@ -72,15 +72,15 @@ def run_compact(
 ) -> CompactResult:
     """Distil, measure on held-out images, and write ``OUT/pipeline`` if the agreement reaches the bar.
 
-    Images keep the parts that the model's run stored, or get their default ones: the compact encoder learns from the
-    train part, the validation part chooses its checkpoint, and agreement is measured on the test part alone. The model
-    itself is only read.
+    Images keep the parts that the model's run stored, or get their default ones: the compact parts learn from the
+    train part, the validation part chooses their checkpoints, and agreement is measured on the test part alone. The
+    model itself is only read.
 
     Args:
         model: a run, a pipeline folder, or a hub id.
         images: a folder of images (``images/`` below a data folder), or a CSV manifest; masks are not looked at.
-        out: ``decoder/`` and ``encoder/`` hold the trainings, ``pipeline/`` the new model, ``agreement.json`` how far
-            it agrees.
+        out: ``decoder/``, ``tuning/`` and ``encoder/`` hold the trainings, ``pipeline/`` the new model,
+            ``agreement.json`` how far it agrees.
         settings: how.
         data: labelled data whose train part's masks the decoder learns from, besides synthetic ones.
         parts: what is distilled, in this order whatever the given one.
@@ -163,6 +163,27 @@ def run_compact(
         if trained["decoder"].status != "finished":
             return CompactResult(None, {}, trained)
         folder = trained["decoder"].checkpoint / DecoderDistillationTask.pipeline_folder
+        pipeline.register_modules(compact_decoder=_frozen(CompactMaskDecoder, folder))
+
+    # --- the decoder again, from what the model predicts on images; of an epsilon that would be noise
+    if "decoder" in parts and settings.tuning.enabled and pipeline.scheduler.config["prediction_type"] != "epsilon":
+        tuning = DecoderTuningTask(pipeline, listed, settings.tuning)
+        trained["tuning"] = run_loop(
+            tuning,
+            settings.tuning.training,
+            out / "tuning",
+            record={
+                **record,
+                "settings": settings.tuning.model_dump(mode="json"),
+                "images_sha256": listed.split_sha256,
+                "decoder": trained["decoder"].checkpoint.name,
+            },
+            resume=resume,
+            stop_after=stop_after,
+        )
+        if trained["tuning"].status != "finished":
+            return CompactResult(None, {}, trained)
+        folder = trained["tuning"].checkpoint / DecoderTuningTask.pipeline_folder
         pipeline.register_modules(compact_decoder=_frozen(CompactMaskDecoder, folder))
 
     # --- the encoder, from images

@@ -600,6 +600,33 @@ class CompactDecoderSettings(SettingsModel):
         return self
 
 
+_UNLABELLED = AugmentationSettings(
+    horizontal_flip=True,
+    vertical_flip=True,
+    rotation_degrees=15.0,
+    scale=(0.8, 1.25),
+    translation=0.1,
+    brightness=0.1,
+    contrast=0.2,
+    gamma=0.2,
+)
+
+
+class CompactTuningSettings(SettingsModel):
+    """How ``leafseg compact`` goes on with the mask decoder: on what the model predicts for unlabelled images."""
+
+    enabled: bool = Field(True, description="false leaves the decoder as masks alone have taught it")
+    augmentation: AugmentationSettings = _UNLABELLED
+    shape_weight: float = Field(0.5, ge=0, description="weight of Dice + cross-entropy against the full decoder's mask")
+    cache_mb: int = Field(1500, ge=0, description="decoded images kept in memory")
+    training: TrainingSettings = _distillation(minutes=20)
+
+    @model_validator(mode="after")
+    def _settings_of_the_segmentation_alone(self) -> CompactTuningSettings:
+        _refuse_settings_of_the_segmentation(self.training, "a compact decoder")
+        return self
+
+
 class CompactEncoderSettings(SettingsModel):
     """How ``leafseg compact`` distils the image encoder: from unlabelled images, against the full encoder."""
 
@@ -607,16 +634,7 @@ class CompactEncoderSettings(SettingsModel):
         None, ge=32, multiple_of=16, description="channels at the latent's size; default: what suits the full encoder's"
     )
     blocks: int = Field(4, ge=1, description="residual blocks at the latent's size")
-    augmentation: AugmentationSettings = AugmentationSettings(
-        horizontal_flip=True,
-        vertical_flip=True,
-        rotation_degrees=15.0,
-        scale=(0.8, 1.25),
-        translation=0.1,
-        brightness=0.1,
-        contrast=0.2,
-        gamma=0.2,
-    )
+    augmentation: AugmentationSettings = _UNLABELLED
     prediction_weight: float = Field(
         1.0, ge=0, description="weight of what the U-Net makes of the latents, beside the latents themselves"
     )
@@ -637,6 +655,7 @@ class CompactSettings(SettingsModel):
     """How ``leafseg compact`` distils a model's large parts into light ones."""
 
     decoder: CompactDecoderSettings = CompactDecoderSettings()
+    tuning: CompactTuningSettings = CompactTuningSettings()
     encoder: CompactEncoderSettings = CompactEncoderSettings()
     held_out: int = Field(
         200, ge=1, description="at most so many held-out images, evenly spaced, measure the agreement"
@@ -848,7 +867,7 @@ def load_compact_settings(*, overrides: Iterable[str] = ()) -> CompactSettings:
 def _merge_parts(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Merged, and in each part one budget replaces the other."""
     merged = _merged(layers)
-    for name in ("decoder", "encoder"):
+    for name in ("decoder", "tuning", "encoder"):
         parts = [layer.get(name, {}) for layer in layers]
         if all(isinstance(part, Mapping) for part in parts):
             merged[name] = _merged(parts)

@@ -25,7 +25,7 @@ from leafseg.runs import checkpoint_folder
 
 Cli = Callable[..., object]
 SETTINGS = [
-    *(f"{part}.training.{name}" for part in ("decoder", "encoder") for name in
+    *(f"{part}.training.{name}" for part in ("decoder", "tuning", "encoder") for name in
       ("steps=4", "seed=3", "batch_size=2", "validations=1", "validation_samples=2")),
     *("decoder.width=16", "decoder.blocks=1", "encoder.width=32", "encoder.blocks=1", "held_out=2"),
 ]  # fmt: skip
@@ -175,7 +175,7 @@ def test_a_stopped_distillation_continues_bit_for_bit(
     for stop in (("--stop-after", 3), ()):
         assert cli(*arguments, "--out", tmp_path / "parts", "--resume", "auto", *stop).code == 0
     assert cli(*arguments, "--out", tmp_path / "whole").code == 0
-    for part in ("decoder", "encoder"):
+    for part in ("decoder", "tuning", "encoder"):
         same_checkpoint(tmp_path / "parts" / part, tmp_path / "whole" / part, 4)
 
 
@@ -214,7 +214,7 @@ def test_other_test_images_change_neither_part_and_only_they_are_compared(
             cli("compact", model, "--images", images, "--data", data, "--out", out, "--bar", "1e-9", *QUICK).code == 0
         )
         agreement.append(json.loads((out / "agreement.json").read_text())["agreement"])
-    for part in ("decoder", "encoder"):
+    for part in ("decoder", "tuning", "encoder"):
         same_checkpoint(tmp_path / "out-one" / part, tmp_path / "out-two" / part, 4)
     assert agreement[0] != agreement[1]
     assert {figures["worst"][0] for found in agreement for figures in found.values()} <= {s.name for s in tested}

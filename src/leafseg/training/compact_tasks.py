@@ -1,9 +1,11 @@
-"""Distillation of the two large parts of inference into light ones: the mask decoder from masks, the image encoder from
-unlabelled images. The parts that are stood in for stay as they are."""
+"""Distillation of the two large parts of inference into light ones; what they stand in for stays as it is.
+
+The mask decoder learns from masks, then from what the model predicts on unlabelled images; the encoder from those.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from leafseg import rng
-from leafseg.config import CompactDecoderSettings, CompactEncoderSettings, PartChoice
+from leafseg.config import (
+    AugmentationSettings,
+    CompactDecoderSettings,
+    CompactEncoderSettings,
+    CompactTuningSettings,
+    PartChoice,
+)
 from leafseg.data.dataset import SegmentationDataset
 from leafseg.data.manifest import Manifest
 from leafseg.data.transforms import Preprocessor
@@ -202,7 +210,152 @@ class DecoderDistillationTask:
         self.decoder.save_pretrained(folder)
 
 
-class EncoderDistillationTask:
+class _ImageTask:
+    """What the two distillations from unlabelled images share: their images, and how the model goes on from latents."""
+
+    def __init__(
+        self, pipeline: LeafPipeline, images: Manifest, augmentation: AugmentationSettings, *, seed: int, cache_mb: int
+    ) -> None:
+        self._pipeline, self._seed, self._images = pipeline, seed, images
+        for name in ("train", "validation"):
+            if not len(images.part(name)):
+                raise DataError(
+                    f"{images.root}: no image falls into the {name} part ({len(images)} in all); give more images"
+                )
+        self.dataset = self._part("train", augmentation, cache_mb)
+        self._validation = self._part("validation", None, 0)
+        pipeline.unet.requires_grad_(False).eval()
+        pipeline.image_encoder.requires_grad_(False).eval()
+        self._terminal = int(pipeline.scheduler.config["num_train_timesteps"]) - 1
+        self._alpha_bar = float(pipeline.scheduler.alphas_cumprod[-1])
+        self._autocast: Autocast | None = None
+        self._device = torch.device("cpu")
+
+    def _part(self, name: str, augmentation: AugmentationSettings | None, cache_mb: int) -> SegmentationDataset:
+        return SegmentationDataset(
+            self._images.part(name),
+            self._pipeline.preprocessor,
+            augmentation=augmentation,
+            seed=self._seed,
+            cache_mb=cache_mb,
+            foreground_tiles=0.0,
+            with_labels=False,
+        )
+
+    def prepare(self, device: torch.device, autocast: Autocast, run: Path) -> None:
+        self._device, self._autocast = device, autocast
+        pipe = self._pipeline
+        for part in (pipe.unet, pipe.image_encoder, pipe.vae, pipe.compact_decoder):
+            if part is not None:
+                part.to(device, memory_format=torch.channels_last)
+
+    def _noise(self, positions: list[int], cells: torch.Size, seed: int, stream: str) -> Tensor:
+        shape = (int(self._pipeline.unet.config["out_channels"]), *cells)
+        if self._pipeline.config["noise"] == "zeros":
+            return torch.zeros(len(positions), *shape, device=self._device)
+        draws = [rng.normal(seed, stream, position, shape) for position in positions]
+        return torch.from_numpy(np.stack(draws)).to(self._device)
+
+    def _prediction(self, latent: Tensor, noise: Tensor) -> Tensor:
+        return self._pipeline.unet.denoise(torch.cat([latent, noise], 1), self._terminal).float()
+
+    def _sample(self, prediction: Tensor, noise: Tensor) -> Tensor:
+        """The mask latent that a prediction at the last timestep stands for."""
+        alpha_bar = noise.new_full((len(noise),), self._alpha_bar)
+        return predicted_sample(prediction, noise, alpha_bar, self._pipeline.scheduler.config["prediction_type"])
+
+    def _validation_images(
+        self, limit: int, rank: int, world_size: int, stream: str
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Evenly spaced validation images ``[1, 3, H, W]`` in -1..1, each with the noise that its step starts from."""
+        size = len(self._validation)
+        count = min(limit, size)
+        stride = int(2 ** (len(self._pipeline.vae.config["block_out_channels"]) - 1))
+        for index in [i * size // count for i in range(count)][rank::world_size]:
+            images = self._validation[index, index]["image"][None].to(self._device) * 2 - 1
+            cells = torch.Size(side // stride for side in images.shape[2:])
+            yield images, self._noise([index], cells, self._seed, stream)
+
+    def _compared(self, mine: Tensor, theirs: Tensor) -> dict[str, float] | None:
+        """Mean Dice over the classes of the masks that two sets of pictures stand for; None if both are empty."""
+        code = self._pipeline.mask_code
+        dice = symmetric_dice(*(code.mask(code.probability(pictures)) for pictures in (mine, theirs)))[0]
+        dice = dice[1:] if code.exclusive and code.n_outputs > 1 else dice  # without the background
+        return None if dice.isnan().all() else {"dice": float(dice.nanmean())}
+
+    def summarise(self, rows: list[Mapping[str, Any]]) -> Validation:
+        return _agreement(rows)
+
+    def _autocasting(self) -> Any:
+        if self._autocast is None:
+            raise RuntimeError("prepare() was not called")
+        return self._autocast()
+
+
+class DecoderTuningTask(_ImageTask):
+    """A compact mask decoder goes on learning, from the mask latents that the model itself predicts on images.
+
+    A U-Net's latents are not those of masks: where the full decoder learned with the model, they may be far from them,
+    and agreement is decided there. The loss is that of :class:`DecoderDistillationTask`.
+
+    Args:
+        pipeline: the model, with a compact decoder, whose copy is trained.
+        images: all images, masks are not looked at; the train part is learned from, the validation part chooses the
+            checkpoint.
+        settings: how.
+
+    Raises:
+        DataError: if a part that is needed has no images.
+    """
+
+    kind = "compact decoder on images"
+    pipeline_folder = DecoderDistillationTask.pipeline_folder
+
+    def __init__(self, pipeline: LeafPipeline, images: Manifest, settings: CompactTuningSettings) -> None:
+        super().__init__(
+            pipeline, images, settings.augmentation, seed=settings.training.seed, cache_mb=settings.cache_mb
+        )
+        self.settings = settings
+        pipeline.vae.requires_grad_(False).eval()
+        before = pipeline.compact_decoder
+        # Not that object: diffusers would write the place that it was loaded from into the new one's config.
+        names = ("latent_channels", "width", "blocks", "upsamplings")
+        self.decoder = CompactMaskDecoder(**{name: before.config[name] for name in names})
+        self.decoder.load_state_dict(before.state_dict())
+        self.module: nn.Module = self.decoder
+        self._code = BinaryMaskCode()  # any code's pictures are black and white
+
+    def loss(self, forward: nn.Module, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+        images = (batch["image"] * 2 - 1).to(memory_format=torch.channels_last)
+        with torch.no_grad(), self._autocasting():
+            latent = self._pipeline.encode_images(images).float()
+            noise = self._noise(batch["position"].tolist(), latent.shape[2:], seed, "compact-tuning-noise")
+            sample = self._sample(self._prediction(latent, noise), noise)
+            single = sample.reshape(-1, int(self.decoder.config["latent_channels"]), *sample.shape[2:])
+            wanted = decode_pictures(self._pipeline.vae, single).float().mean(1, keepdim=True)
+        drawn = forward(single.to(memory_format=torch.channels_last)).float()
+        grey = (drawn - wanted).abs().mean()
+        shape = pixel_loss(self._code.logits(drawn.expand(-1, 3, -1, -1)), (wanted[:, 0] > 0).long())
+        return {"loss": grey + self.settings.shape_weight * shape, "grey": grey, "shape": shape}
+
+    @torch.no_grad()
+    def validate(self, limit: int, rank: int, world_size: int) -> list[Mapping[str, Any]]:
+        """Dice of the masks that the two decoders draw of the model's own latents, on validation images."""
+        rows: list[Mapping[str, Any]] = []
+        for images, noise in self._validation_images(limit, rank, world_size, "compact-tuning-noise-validation"):
+            with self._autocasting():
+                latent = self._pipeline.encode_images(images).float()
+                sample = self._sample(self._prediction(latent, noise), noise)
+                pictures = [self.decoder.decode_pictures(sample), self._pipeline.decode_latent(sample)]
+            if (row := self._compared(pictures[0].float(), pictures[1].float())) is not None:
+                rows.append(row)
+        return rows
+
+    def save_inference(self, folder: Path, *, earlier: Path | None = None) -> None:
+        self.decoder.save_pretrained(folder)
+
+
+class EncoderDistillationTask(_ImageTask):
     """A compact image encoder whose latents lead the frozen U-Net to the same masks.
 
     The loss is the L1 distance of the latents, in units of their standard deviation; that of what the U-Net predicts
@@ -222,29 +375,10 @@ class EncoderDistillationTask:
     pipeline_folder = "compact_encoder"
 
     def __init__(self, pipeline: LeafPipeline, images: Manifest, settings: CompactEncoderSettings) -> None:
-        self.settings, self._pipeline = settings, pipeline
         seed = settings.training.seed
-        for name in ("train", "validation"):
-            if not len(images.part(name)):
-                raise DataError(
-                    f"{images.root}: no image falls into the {name} part ({len(images)} in all); give more images"
-                )
-
-        def dataset(name: str, *, augmented: bool) -> SegmentationDataset:
-            return SegmentationDataset(
-                images.part(name),
-                pipeline.preprocessor,
-                augmentation=settings.augmentation if augmented else None,
-                seed=seed,
-                cache_mb=settings.cache_mb if augmented else 0,
-                foreground_tiles=0.0,
-                with_labels=False,
-            )
-
-        self.dataset, self._validation = dataset("train", augmented=True), dataset("validation", augmented=False)
-        pipeline.unet.requires_grad_(False).eval()
-        pipeline.image_encoder.requires_grad_(False).eval()
-        mean, std = self._latent_statistics(dataset("train", augmented=False))
+        super().__init__(pipeline, images, settings.augmentation, seed=seed, cache_mb=settings.cache_mb)
+        self.settings = settings
+        mean, std = self._latent_statistics(self._part("train", None, 0))
         torch.manual_seed(rng.torch_seed(seed, "initial-weights", 0))
         self.encoder = CompactImageEncoder.for_encoder(
             pipeline.image_encoder.config,
@@ -255,11 +389,7 @@ class EncoderDistillationTask:
         )
         self.module: nn.Module = self.encoder
         self._std = torch.tensor(std)[:, None, None]
-        self._terminal = int(pipeline.scheduler.config["num_train_timesteps"]) - 1
-        self._alpha_bar = float(pipeline.scheduler.alphas_cumprod[-1])
         self._decoder: PartChoice = "compact" if pipeline.compact_decoder is not None else "full"
-        self._autocast: Autocast | None = None
-        self._device = torch.device("cpu")
 
     @torch.no_grad()
     def _latent_statistics(self, plain: SegmentationDataset) -> tuple[list[float], list[float]]:
@@ -275,12 +405,8 @@ class EncoderDistillationTask:
         return [round(v, 6) for v in mean.tolist()], [round(v, 6) for v in std.tolist()]
 
     def prepare(self, device: torch.device, autocast: Autocast, run: Path) -> None:
-        self._device, self._autocast = device, autocast
+        super().prepare(device, autocast, run)
         self._std = self._std.to(device)
-        pipe = self._pipeline
-        for part in (pipe.unet, pipe.image_encoder, pipe.vae, pipe.compact_decoder):
-            if part is not None:
-                part.to(device, memory_format=torch.channels_last)
 
     def loss(self, forward: nn.Module, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
         images = (batch["image"] * 2 - 1).to(memory_format=torch.channels_last)
@@ -310,56 +436,26 @@ class EncoderDistillationTask:
                 loss = loss + self.settings.mask_weight * parts["mask"]
         return {"loss": loss, **parts}
 
-    def _noise(self, positions: list[int], cells: torch.Size, seed: int, stream: str) -> Tensor:
-        shape = (int(self._pipeline.unet.config["out_channels"]), *cells)
-        if self._pipeline.config["noise"] == "zeros":
-            return torch.zeros(len(positions), *shape, device=self._device)
-        draws = [rng.normal(seed, stream, position, shape) for position in positions]
-        return torch.from_numpy(np.stack(draws)).to(self._device)
-
-    def _prediction(self, latent: Tensor, noise: Tensor) -> Tensor:
-        return self._pipeline.unet.denoise(torch.cat([latent, noise], 1), self._terminal).float()
-
     def _pictures(self, prediction: Tensor, noise: Tensor) -> Tensor:
-        alpha_bar = noise.new_full((len(noise),), self._alpha_bar)
-        sample = predicted_sample(prediction, noise, alpha_bar, self._pipeline.scheduler.config["prediction_type"])
+        sample = self._sample(prediction, noise)
         with self._autocasting():
             return self._pipeline.decode_latent(sample, self._decoder).float()
 
     def validate(self, limit: int, rank: int, world_size: int) -> list[Mapping[str, Any]]:
         """Dice of the masks that follow from the two encoders' latents, on evenly spaced validation images."""
-        code, size = self._pipeline.mask_code, len(self._validation)
-        count = min(limit, size)
         rows: list[Mapping[str, Any]] = []
-        for index in [i * size // count for i in range(count)][rank::world_size]:
-            images = self._validation[index, index]["image"][None].to(self._device) * 2 - 1
-            cells = torch.Size(side // self._stride for side in images.shape[2:])
-            noise = self._noise([index], cells, self.settings.training.seed, "compact-noise-validation")
-            masks = []
+        for images, noise in self._validation_images(limit, rank, world_size, "compact-noise-validation"):
+            pictures = []
             for encode in (self.encoder, self._pipeline.encode_images):
                 with self._autocasting():
                     prediction = self._prediction(encode(images).float(), noise)
-                masks.append(code.mask(code.probability(self._pictures(prediction, noise))))
-            dice = symmetric_dice(masks[0], masks[1])[0]
-            dice = dice[1:] if code.exclusive and code.n_outputs > 1 else dice  # without the background
-            if not dice.isnan().all():
-                rows.append({"dice": float(dice.nanmean())})
+                pictures.append(self._pictures(prediction, noise))
+            if (row := self._compared(*pictures)) is not None:
+                rows.append(row)
         return rows
-
-    @property
-    def _stride(self) -> int:
-        return int(2 ** (len(self._pipeline.vae.config["block_out_channels"]) - 1))
-
-    def summarise(self, rows: list[Mapping[str, Any]]) -> Validation:
-        return _agreement(rows)
 
     def save_inference(self, folder: Path, *, earlier: Path | None = None) -> None:
         self.encoder.save_pretrained(folder)
-
-    def _autocasting(self) -> Any:
-        if self._autocast is None:
-            raise RuntimeError("prepare() was not called")
-        return self._autocast()
 
 
 def _disturbance(latent: Tensor, most: float, draws: np.random.Generator) -> Tensor:
