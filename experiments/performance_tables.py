@@ -37,8 +37,8 @@ AGREEMENT_COMMANDS = (
     "- agreement-tiny-NAME: `leafseg train --data DATA/NAME --preset leaf-tiny --modality microscopy --minutes 4",
     "  --out RUN`, then `leafseg benchmark RUN --images HELD_OUT --limit 100 --repeats 7 --out FILE`; HELD_OUT holds",
     "  the images of the test part (RUN/split.csv).",
-    "- agreement-tiny-wbc-compact: the model and the compact parts of [compact](results/compact.md), then `leafseg",
-    "  benchmark RUN/compact --images HELD_OUT --compact both --min-agreement 0.995 --repeats 7 --out FILE`, at 128 px.",
+    "- agreement-tiny-wbc-compact (128 px): the model and compact parts of [compact](results/compact.md), then",
+    "  `leafseg benchmark RUN/compact --images HELD_OUT --compact both --min-agreement 0.995 --repeats 7 --out FILE`.",
     "- agreement-base-random: `leafseg benchmark MODEL --repeats 1 --out FILE` on a model of `write_random_model` in",
     "  `benchmarks/_common.py` (random weights: its masks say nothing, so none are compared).",
 )
