@@ -91,8 +91,27 @@ def inference(records: Sequence[Record]) -> list[str]:
         for mode in (*MODES, *extra):
             rows.append([mode, *(cell(cells.get((mode, *column))) for column in columns)])
         lines += table(["mode", *(f"{size} px, batch {batch}" for size, batch in columns)], rows)
+        if preset == "leaf-tiny":
+            lines += aim(cells)
         lines += parts(cells) + conditions(mine)
     return lines
+
+
+AIM_MS = 40
+
+
+def aim(cells: Mapping[tuple[str, int, int], Record]) -> list[str]:
+    """Whether the best mode takes one image of 256 px as fast as was aimed at."""
+    here = [row for (_, size, batch), row in cells.items() if (size, batch) == (256, 1) and "median_ms" in row]
+    if not here:
+        return [f"An image of 256 px in {AIM_MS} ms was the aim: {MISSING}.", ""]
+    best = min(here, key=lambda row: row["median_ms"])
+    verdict = "reached" if best["median_ms"] <= AIM_MS else "missed"
+    return [
+        f"An image of 256 px in {AIM_MS} ms was the aim: {verdict} ({best['median_ms']:.0f} ms with {best['mode']}, its "
+        f"fastest call {best['fastest_ms']:.0f} ms).",
+        "",
+    ]
 
 
 def cell(row: Record | None) -> str:
