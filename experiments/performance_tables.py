@@ -108,8 +108,8 @@ def aim(cells: Mapping[tuple[str, int, int], Record]) -> list[str]:
     best = min(here, key=lambda row: row["median_ms"])
     verdict = "reached" if best["median_ms"] <= AIM_MS else "missed"
     return [
-        f"An image of 256 px in {AIM_MS} ms was the aim: {verdict} ({best['median_ms']:.0f} ms with {best['mode']}, its "
-        f"fastest call {best['fastest_ms']:.0f} ms).",
+        f"An image of 256 px in {AIM_MS} ms was the aim: {verdict} ({best['median_ms']:.0f} ms with {best['mode']}, "
+        f"its fastest call {best['fastest_ms']:.0f} ms).",
         "",
     ]
 
