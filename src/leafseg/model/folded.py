@@ -36,6 +36,7 @@ from leafseg.model.image_encoder import ImageEncoder
 from leafseg.model.unet import MaskUNet
 
 _FEW_PIXELS = 1024
+_DOUBLING = ([1, 1], [0, 0], [2, 2], [1, 1], 1)  # padding, output padding, stride, dilation, groups
 
 
 @dataclass(frozen=True)
@@ -71,18 +72,47 @@ def prepacking_is_available() -> bool:
     return torch.backends.mkldnn.is_available() and all(hasattr(mkldnn, name) for name in needed)
 
 
-class FoldedConv(nn.Module):
+class _Packable(nn.Module):
+    """A layer whose weight may be in oneDNN's order, which holds for one input size.
+
+    The order for one size may be hundreds of times slower at another.
+    """
+
+    weight: Tensor
+
+    def __init__(self, kernels: Kernels) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self._packed_for: Any = None
+
+    def _reordered(self, size: Any) -> Tensor:
+        raise NotImplementedError
+
+    def _restored(self) -> Tensor:
+        return _stored(self.weight.to_dense(), self.kernels)
+
+    def _pack(self, size: Any) -> None:
+        if size != self._packed_for:
+            self._unpack()
+            self.weight = self._reordered(size)
+            self._packed_for = size
+
+    def _unpack(self) -> None:
+        if self._packed_for is not None:
+            self.weight = self._restored()
+            self._packed_for = None
+
+
+class FoldedConv(_Packable):
     """A convolution through the kernel that suits its size. No groups, no dilation."""
 
     def __init__(self, convolution: nn.Conv2d, kernels: Kernels) -> None:
-        super().__init__()
+        super().__init__(kernels)
         if convolution.groups != 1 or convolution.dilation != (1, 1) or isinstance(convolution.padding, str):
             raise CheckpointError("a convolution has groups, dilation or named padding, which fast mode does not know")
-        self.kernels = kernels
         self.stride, self.padding = convolution.stride, convolution.padding
         self.weight = _stored(convolution.weight, kernels)
         self.bias = None if convolution.bias is None else convolution.bias.detach().to(kernels.dtype)
-        self._packed_for: torch.Size | None = None
         limit = kernels.winograd_channels
         self._suits_winograd = (
             limit is not None
@@ -112,35 +142,27 @@ class FoldedConv(nn.Module):
         return result.to(sample.dtype, memory_format=_layout(self.kernels))
 
     def _prepacked(self, sample: Tensor) -> Tensor:
-        ones = [1, 1]
-        if sample.shape != self._packed_for:  # the order for one size may be hundreds of times slower at another
-            self._unpack()
-            self.weight = torch.ops.mkldnn._reorder_convolution_weight(
-                self.weight, list(self.padding), list(self.stride), ones, 1, list(sample.shape)
-            )
-            self._packed_for = sample.shape
+        self._pack(sample.shape)
         convolve = torch.ops.mkldnn._convolution_pointwise
         padding, stride = list(self.padding), list(self.stride)
-        result: Tensor = convolve(sample, self.weight, self.bias, padding, stride, ones, 1, "none", [], "")
+        result: Tensor = convolve(sample, self.weight, self.bias, padding, stride, [1, 1], 1, "none", [], "")
         return result
 
-    def _unpack(self) -> None:
-        if self._packed_for is not None:
-            self.weight = _stored(self.weight.to_dense(), self.kernels)
-            self._packed_for = None
+    def _reordered(self, size: torch.Size) -> Tensor:
+        padding, stride = list(self.padding), list(self.stride)
+        made: Tensor = torch.ops.mkldnn._reorder_convolution_weight(self.weight, padding, stride, [1, 1], 1, list(size))
+        return made
 
 
-class UpsamplingConv(nn.Module):
+class UpsamplingConv(_Packable):
     """Nearest-neighbour upsampling by 2 and a 3x3 convolution (stride 1, padding 1), as one transposed convolution."""
 
     def __init__(self, convolution: nn.Conv2d, kernels: Kernels) -> None:
-        super().__init__()
+        super().__init__(kernels)
         if (convolution.kernel_size, convolution.stride, convolution.padding) != ((3, 3), (1, 1), (1, 1)):
             raise CheckpointError("the convolution after an upsampling is not 3x3, which fast mode does not know")
-        self.kernels = kernels
         self.weight = _stored(upsampling_kernel(convolution.weight.detach().float()), kernels)
         self.bias = None if convolution.bias is None else convolution.bias.detach().to(kernels.dtype)
-        self._packed_for: torch.Size | None = None
 
     def forward(self, sample: Tensor, *_: Any, **__: Any) -> Tensor:
         if self.kernels.prepacked and sample[:, 0].numel() <= _FEW_PIXELS:
@@ -149,22 +171,19 @@ class UpsamplingConv(nn.Module):
         return F.conv_transpose2d(sample, self.weight, self.bias, stride=2, padding=1)
 
     def _prepacked(self, sample: Tensor) -> Tensor:
-        geometry = ([1, 1], [0, 0], [2, 2], [1, 1], 1)  # padding, output padding, stride, dilation, groups
-        if sample.shape != self._packed_for:
-            self._unpack()
-            self.weight = torch.ops.mkldnn._reorder_convolution_transpose_weight(
-                self.weight.contiguous(), *geometry, list(sample.shape)
-            )
-            self._packed_for = sample.shape
+        self._pack(sample.shape)
         convolve = torch.ops.mkldnn._convolution_transpose_pointwise
-        result: Tensor = convolve(sample, self.weight, self.bias, *geometry, "none", [], "")
+        result: Tensor = convolve(sample, self.weight, self.bias, *_DOUBLING, "none", [], "")
         return result
 
-    def _unpack(self) -> None:
-        if self._packed_for is not None:
-            # oneDNN keeps [out, in]; a transposed convolution's weight is [in, out].
-            self.weight = _stored(self.weight.to_dense().transpose(0, 1), self.kernels)
-            self._packed_for = None
+    def _reordered(self, size: torch.Size) -> Tensor:
+        reorder = torch.ops.mkldnn._reorder_convolution_transpose_weight
+        made: Tensor = reorder(self.weight.contiguous(), *_DOUBLING, list(size))
+        return made
+
+    def _restored(self) -> Tensor:
+        # oneDNN keeps [out, in]; a transposed convolution's weight is [in, out].
+        return _stored(self.weight.to_dense().transpose(0, 1), self.kernels)
 
 
 def upsampling_kernel(weight: Tensor) -> Tensor:
@@ -243,32 +262,29 @@ class FoldedResnet(nn.Module):
         return hidden.add_(sample)
 
 
-class FoldedLinear(nn.Module):
+class FoldedLinear(_Packable):
     """A linear layer over tokens ``[B, N, D]``."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> None:
-        super().__init__()
-        self.kernels = kernels
+        super().__init__(kernels)
         self.weight = weight.detach().to(kernels.dtype)
         self.bias = None if bias is None else bias.detach().to(kernels.dtype)
-        self._packed_for: int | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
         count = tokens.shape[0] * tokens.shape[1]
         if not (self.kernels.prepacked and count <= _FEW_PIXELS):
             self._unpack()
             return F.linear(tokens, self.weight, self.bias)
-        if count != self._packed_for:
-            self._unpack()
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, count)
-            self._packed_for = count
+        self._pack(count)
         result: Tensor = torch.ops.mkldnn._linear_pointwise(tokens, self.weight, self.bias, "none", [], "")
         return result
 
-    def _unpack(self) -> None:
-        if self._packed_for is not None:
-            self.weight = self.weight.to_dense().contiguous()
-            self._packed_for = None
+    def _reordered(self, size: int) -> Tensor:
+        made: Tensor = torch.ops.mkldnn._reorder_linear_weight(self.weight, size)
+        return made
+
+    def _restored(self) -> Tensor:
+        return self.weight.to_dense().contiguous()
 
 
 class FoldedAttention(nn.Module):

@@ -1,8 +1,8 @@
 """Group normalisation that does not crawl on a CPU.
 
 PyTorch's CPU kernels walk channels_last tensors channel group by channel group: the gradient's always, the forward one
-below 1024 pixels (torch 2.13). With few channels a group that is as slow as several convolutions; the same in sums and
-products of whole rows takes a fraction of it (docs/performance.md).
+below 1024 pixels (torch 2.13), which cannot use vectors where a group has few channels. Here both go in sums and
+products of whole rows. What the gradient gains is measured in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# From so many channels a group on PyTorch's own gradient runs in vectors too (measured with torch 2.13, AVX-512).
+# From so many channels a group on PyTorch's own kernels run in vectors too (with torch 2.13, AVX-512).
 _OWN_BELOW = {torch.float32: 8, torch.bfloat16: 16}
 # PyTorch's forward kernel goes by rows from so many pixels on; below, ours pays from so many numbers on. In bf16 fewer
 # are better turned into PyTorch's default order and back, which its kernel takes in vectors.
