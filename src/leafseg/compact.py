@@ -28,7 +28,12 @@ from leafseg.runs import (
     is_run,
     model_sha256,
 )
-from leafseg.training.compact_tasks import DecoderDistillationTask, DecoderTuningTask, EncoderDistillationTask
+from leafseg.training.compact_tasks import (
+    DecoderDistillationTask,
+    DecoderTuningTask,
+    EncoderDistillationTask,
+    require_parts,
+)
 from leafseg.training.run import library_versions
 from leafseg.training.trainer import TrainingResult
 from leafseg.training.trainer import train as run_loop
@@ -139,73 +144,44 @@ def run_compact(
             f"{images}: no image falls into the test part ({len(listed)} in all), and agreement is measured on images "
             "that nothing was trained on; give more images"
         )
-    record = {"model_sha256": fingerprint, "versions": library_versions()}
+    # Of an epsilon, the mask latent at the last timestep would be noise: nothing to tune with.
+    tuned = "decoder" in parts and settings.tuning.enabled and pipeline.scheduler.config["prediction_type"] != "epsilon"
+    if tuned or "encoder" in parts:
+        require_parts(listed)  # before the decoder is trained, not after
     trained: dict[str, TrainingResult] = {}
 
-    # --- the decoder, from masks
+    def finished(name: str, task: Any, given: Any, **more: Any) -> bool:
+        """Train, or go on; whether it came to its end. The trained part is then the pipeline's."""
+        record = {"model_sha256": fingerprint, "versions": library_versions(), **more}
+        record["settings"] = given.model_dump(mode="json")
+        trained[name] = run_loop(task, given.training, out / name, record=record, resume=resume, stop_after=stop_after)
+        if trained[name].status != "finished":
+            return False
+        kind = CompactImageEncoder if name == "encoder" else CompactMaskDecoder
+        part = _frozen(kind, trained[name].checkpoint / task.pipeline_folder)
+        pipeline.register_modules(**{task.pipeline_folder: part})
+        return True
+
     if "decoder" in parts:
-        masks = None
-        if data is not None:
-            masks = load_manifest(data, settings=reading, run_split=run_split)
+        # --- the decoder, from masks
+        masks = None if data is None else load_manifest(data, settings=reading, run_split=run_split)
         decoding = DecoderDistillationTask(pipeline.vae, pipeline.preprocessor, settings.decoder, masks=masks)
-        trained["decoder"] = run_loop(
-            decoding,
-            settings.decoder.training,
-            out / "decoder",
-            record={
-                **record,
-                "settings": settings.decoder.model_dump(mode="json"),
-                "masks_sha256": masks.split_sha256 if masks is not None else None,
-            },
-            resume=resume,
-            stop_after=stop_after,
-        )
-        if trained["decoder"].status != "finished":
+        of_masks = masks.split_sha256 if masks is not None else None
+        if not finished("decoder", decoding, settings.decoder, masks_sha256=of_masks):
             return CompactResult(None, {}, trained)
-        folder = trained["decoder"].checkpoint / DecoderDistillationTask.pipeline_folder
-        pipeline.register_modules(compact_decoder=_frozen(CompactMaskDecoder, folder))
-
-    # --- the decoder again, from what the model predicts on images; of an epsilon that would be noise
-    if "decoder" in parts and settings.tuning.enabled and pipeline.scheduler.config["prediction_type"] != "epsilon":
+    if tuned:
+        # --- the decoder again, from what the model predicts on images
         tuning = DecoderTuningTask(pipeline, listed, settings.tuning)
-        trained["tuning"] = run_loop(
-            tuning,
-            settings.tuning.training,
-            out / "tuning",
-            record={
-                **record,
-                "settings": settings.tuning.model_dump(mode="json"),
-                "images_sha256": listed.split_sha256,
-                "decoder": trained["decoder"].checkpoint.name,
-            },
-            resume=resume,
-            stop_after=stop_after,
-        )
-        if trained["tuning"].status != "finished":
+        of_images = {"images_sha256": listed.split_sha256, "decoder": trained["decoder"].checkpoint.name}
+        if not finished("tuning", tuning, settings.tuning, **of_images):
             return CompactResult(None, {}, trained)
-        folder = trained["tuning"].checkpoint / DecoderTuningTask.pipeline_folder
-        pipeline.register_modules(compact_decoder=_frozen(CompactMaskDecoder, folder))
-
-    # --- the encoder, from images
     if "encoder" in parts:
+        # --- the encoder, from images
         encoding = EncoderDistillationTask(pipeline, listed, settings.encoder)
-        trained["encoder"] = run_loop(
-            encoding,
-            settings.encoder.training,
-            out / "encoder",
-            record={
-                **record,
-                "settings": settings.encoder.model_dump(mode="json"),
-                "images_sha256": listed.split_sha256,
-                "decoder": "compact" if pipeline.compact_decoder is not None else "full",
-            },
-            resume=resume,
-            stop_after=stop_after,
-        )
-        if trained["encoder"].status != "finished":
+        drawn_by = "compact" if pipeline.compact_decoder is not None else "full"
+        of_images = {"images_sha256": listed.split_sha256, "decoder": drawn_by}
+        if not finished("encoder", encoding, settings.encoder, **of_images):
             return CompactResult(None, {}, trained)
-        folder = trained["encoder"].checkpoint / EncoderDistillationTask.pipeline_folder
-        pipeline.register_modules(compact_encoder=_frozen(CompactImageEncoder, folder))
 
     # --- what was distilled against what it stands in for
     agreement = _measure(pipeline, held_out, settings.held_out)

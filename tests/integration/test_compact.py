@@ -252,6 +252,22 @@ def test_bad_input_is_one_sentence_and_leaves_the_model_alone(
     assert not (tmp_path / "out" / "pipeline").exists()
 
 
+def test_too_few_images_are_told_of_before_anything_is_trained(
+    cli: Cli, model: Path, data: Path, tmp_path: Path
+) -> None:
+    listed = load_manifest(data / "images", settings=DataSettings(), require_masks=False)
+    (tmp_path / "tested").mkdir()
+    for sample in listed.part("test").samples:
+        shutil.copy(sample.image, tmp_path / "tested")
+    arguments = ("compact", model, "--images", tmp_path / "tested", "--out", tmp_path / "out", "--bar", "1e-9", *QUICK)
+    for parts in ("decoder", "encoder"):
+        assert "no image falls into the train part" in cli(*arguments, "--parts", parts).error
+        assert not (tmp_path / "out").exists()
+    # Masks alone teach a decoder without images to learn from.
+    assert cli(*arguments, "--parts", "decoder", "--set", "tuning.enabled=false").code == 0
+    assert not (tmp_path / "out" / "tuning").exists()
+
+
 def test_a_model_that_never_finds_anything_cannot_be_judged(
     cli: Cli, tiny_pipeline: LeafPipeline, data: Path, tmp_path: Path
 ) -> None:

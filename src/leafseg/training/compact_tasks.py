@@ -158,7 +158,6 @@ class DecoderDistillationTask:
             )
 
         self.dataset, self._validation = pictures("train"), pictures("validation")
-        self._code = BinaryMaskCode()  # any code's pictures are black and white
         self._autocast: Autocast | None = None
         self._device = torch.device("cpu")
 
@@ -170,9 +169,7 @@ class DecoderDistillationTask:
         draws = [rng.generator(seed, "compact-disturbance", position) for position in batch["position"].tolist()]
         latent, wanted = self._latent_and_picture(batch["picture"], draws)
         drawn = forward(latent.to(memory_format=torch.channels_last)).float()
-        grey = (drawn - wanted).abs().mean()
-        shape = pixel_loss(self._code.logits(drawn.expand(-1, 3, -1, -1)), (wanted[:, 0] > 0).long())
-        return {"loss": grey + self.settings.shape_weight * shape, "grey": grey, "shape": shape}
+        return _drawing_loss(drawn, wanted, self.settings.shape_weight)
 
     @torch.no_grad()
     def _latent_and_picture(self, pictures: Tensor, draws: list[np.random.Generator]) -> tuple[Tensor, Tensor]:
@@ -210,6 +207,15 @@ class DecoderDistillationTask:
         self.decoder.save_pretrained(folder)
 
 
+def require_parts(images: Manifest) -> None:
+    """Raises a DataError if there is no image to learn from, or none to choose a checkpoint with."""
+    for name in ("train", "validation"):
+        if not len(images.part(name)):
+            raise DataError(
+                f"{images.root}: no image falls into the {name} part ({len(images)} in all); give more images"
+            )
+
+
 class _ImageTask:
     """What the two distillations from unlabelled images share: their images, and how the model goes on from latents."""
 
@@ -217,11 +223,7 @@ class _ImageTask:
         self, pipeline: LeafPipeline, images: Manifest, augmentation: AugmentationSettings, *, seed: int, cache_mb: int
     ) -> None:
         self._pipeline, self._seed, self._images = pipeline, seed, images
-        for name in ("train", "validation"):
-            if not len(images.part(name)):
-                raise DataError(
-                    f"{images.root}: no image falls into the {name} part ({len(images)} in all); give more images"
-                )
+        require_parts(images)
         self.dataset = self._part("train", augmentation, cache_mb)
         self._validation = self._part("validation", None, 0)
         pipeline.unet.requires_grad_(False).eval()
@@ -323,7 +325,6 @@ class DecoderTuningTask(_ImageTask):
         self.decoder = CompactMaskDecoder(**{name: before.config[name] for name in names})
         self.decoder.load_state_dict(before.state_dict())
         self.module: nn.Module = self.decoder
-        self._code = BinaryMaskCode()  # any code's pictures are black and white
 
     def loss(self, forward: nn.Module, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
         images = (batch["image"] * 2 - 1).to(memory_format=torch.channels_last)
@@ -334,9 +335,7 @@ class DecoderTuningTask(_ImageTask):
             single = sample.reshape(-1, int(self.decoder.config["latent_channels"]), *sample.shape[2:])
             wanted = decode_pictures(self._pipeline.vae, single).float().mean(1, keepdim=True)
         drawn = forward(single.to(memory_format=torch.channels_last)).float()
-        grey = (drawn - wanted).abs().mean()
-        shape = pixel_loss(self._code.logits(drawn.expand(-1, 3, -1, -1)), (wanted[:, 0] > 0).long())
-        return {"loss": grey + self.settings.shape_weight * shape, "grey": grey, "shape": shape}
+        return _drawing_loss(drawn, wanted, self.settings.shape_weight)
 
     @torch.no_grad()
     def validate(self, limit: int, rank: int, world_size: int) -> list[Mapping[str, Any]]:
@@ -456,6 +455,14 @@ class EncoderDistillationTask(_ImageTask):
 
     def save_inference(self, folder: Path, *, earlier: Path | None = None) -> None:
         self.encoder.save_pretrained(folder)
+
+
+def _drawing_loss(drawn: Tensor, wanted: Tensor, shape_weight: float) -> dict[str, Tensor]:
+    """Of grey values ``[B, 1, H, W]`` against the full decoder's: L1, and Dice + cross-entropy of the masks."""
+    grey = (drawn - wanted).abs().mean()
+    # Any code's pictures are black and white.
+    shape = pixel_loss(BinaryMaskCode().logits(drawn.expand(-1, 3, -1, -1)), (wanted[:, 0] > 0).long())
+    return {"loss": grey + shape_weight * shape, "grey": grey, "shape": shape}
 
 
 def _disturbance(latent: Tensor, most: float, draws: np.random.Generator) -> Tensor:
