@@ -365,16 +365,19 @@ def end_to_end_section(found: list[dict[str, Any]]) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for record in found:
+        data = record["data"] if "tuning" in record["training"] else f"{record['data']}, decoder not tuned"
         for name, figures in record["agreement"].items():
             worst, dice = figures["worst"]
             text.append(
-                f"| {record['data']} | {name} | {interval(figures['dice'])} | {dice:.4f} ({worst}) | "
+                f"| {data} | {name} | {interval(figures['dice'])} | {dice:.4f} ({worst}) | "
                 f"{figures['images']} ({figures['both_empty']}) | {'yes' if record['written'] else 'below the bar'} |"
             )
     text.append("")
     for record in found:
         steps = ", ".join(f"{part} {row['steps']} steps" for part, row in record["training"].items())
         text += [f"`{record['command']}` ({steps}; {record['hardware']}, commit {record['commit'][:7]})", ""]
+        if "tuning" not in record["training"]:
+            text += ["At that commit there was no tuning, and a third of the minutes was the decoder's.", ""]
         if record.get("note"):
             text += [record["note"], ""]
         for label in record["dice"].get("full", {}):
@@ -388,7 +391,7 @@ def end_to_end_section(found: list[dict[str, Any]]) -> list[str]:
 def page() -> None:
     found = records()
     decoders = [row for row in found if row["unit"] == "decoder"]
-    newest: dict[str, dict[str, Any]] = {row["data"]: row for row in found if row["unit"] == "end-to-end"}
+    newest = {(row["data"], "tuning" in row["training"]): row for row in found if row["unit"] == "end-to-end"}
     text = [
         "# Compact parts: what they cost, and how far they agree",
         "",
