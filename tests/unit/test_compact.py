@@ -85,7 +85,7 @@ def test_compact_parts_have_the_shapes_of_the_full_ones_and_a_fraction_of_their_
         assert full["inference"] > 10 * (work + full["unet"])
 
 
-@pytest.mark.parametrize("levels", [3, 4, 5])
+@pytest.mark.parametrize("levels", [2, 3, 4, 5])
 def test_compact_parts_follow_any_stride(levels: int) -> None:
     settings = AutoencoderSettings(
         block_out_channels=(8,) * levels, layers_per_block=1, norm_num_groups=4, mid_block_attention=True

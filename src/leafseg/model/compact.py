@@ -111,10 +111,10 @@ class CompactImageEncoder(ModelMixin, ConfigMixin):
 
     Args:
         latent_channels: of the image latent.
-        width: channels at the latent's size, a multiple of 16; half of them at twice its size.
+        width: channels at the latent's size, a multiple of 16; half of them at twice its size, if work is done there.
         blocks: residual blocks at the latent's size; half as many at twice its size.
-        downsamplings: halvings from a pixel to a latent cell, at least 2. All but one happen at the entrance, where
-            pixels become channels.
+        downsamplings: halvings from a pixel to a latent cell. All but one happen at the entrance, where pixels become
+            channels; a single one happens there too, and then all blocks work at the latent's size.
         attention: self-attention after the blocks, for encoders that have it.
         latent_mean, latent_std: of the latents to be met, one a channel; the network works on normalised ones.
     """
@@ -133,11 +133,13 @@ class CompactImageEncoder(ModelMixin, ConfigMixin):
         latent_std: tuple[float, ...] = (1.0,) * 4,
     ) -> None:
         super().__init__()
-        fold = 2 ** (downsamplings - 1)
-        half = width // 2
-        self.enter = nn.Sequential(nn.PixelUnshuffle(fold), nn.Conv2d(3 * fold**2, half, 3, padding=1))
-        self.large = nn.Sequential(*(_Block(half) for _ in range(max(blocks // 2, 1))))
-        self.down = nn.Conv2d(half, width, 3, stride=2, padding=1)
+        # At full size even few channels are more bytes than a processor's caches hold: nothing is done there.
+        single = downsamplings == 1
+        fold = 2 if single else 2 ** (downsamplings - 1)
+        entered = width if single else width // 2
+        self.enter = nn.Sequential(nn.PixelUnshuffle(fold), nn.Conv2d(3 * fold**2, entered, 3, padding=1))
+        self.large = nn.Sequential(*(() if single else (_Block(entered) for _ in range(max(blocks // 2, 1)))))
+        self.down = nn.Identity() if single else nn.Conv2d(entered, width, 3, stride=2, padding=1)
         self.body = nn.Sequential(*(_Block(width) for _ in range(blocks)))
         self.attend = (
             Attention(width, heads=4, dim_head=width // 4, norm_num_groups=_GROUPS, bias=True, residual_connection=True)
