@@ -1,4 +1,4 @@
-"""Is leaf-tiny as fast as its network of before, with latents of stride 8?
+"""Is leaf-tiny as fast as its network of before, with latents of stride 4?
 
     .venv/bin/python benchmarks/networks.py --out docs/results/performance/networks.json
 
@@ -27,7 +27,7 @@ from _common import (
     write_record,
 )
 
-BEFORE = Path(__file__).resolve().parents[1] / "configs" / "tiny-stride-8.yaml"
+BEFORE = Path(__file__).resolve().parents[1] / "configs" / "tiny-stride-4.yaml"
 PREDICT, FOLDED = "channels_last (predict)", "bf16, folded"
 
 

@@ -374,7 +374,7 @@ def page(records: Sequence[Record]) -> str:
         *start_up(records),
         "## leaf-tiny against its network of before",
         "",
-        "Latents of stride 4 against stride 8 (`configs/tiny-stride-8.yaml`), timed in turn.",
+        "Latents of stride 2 against stride 4 (`configs/tiny-stride-4.yaml`), timed in turn.",
         "",
         *networks(records),
         "## Data loading",

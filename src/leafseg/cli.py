@@ -559,6 +559,8 @@ def export(
         float, typer.Option(min=0, max=1, help="Mean Dice with the fp32 model's masks, below which nothing is written.")
     ] = 0.99,
     repeats: Annotated[int, typer.Option(min=3, help="Of the latency measurement.")] = 20,
+    decoder: DecoderOption = PartKind.full,
+    encoder: EncoderOption = PartKind.full,
     overrides: Overrides = None,
 ) -> None:
     """A model as one ONNX or OpenVINO graph, measured against the model itself."""
@@ -587,6 +589,8 @@ def export(
         min_agreement=min_agreement,
         repeats=repeats,
         model_name=model,
+        decoder=decoder.value,
+        encoder=encoder.value,
         data_settings=settings,
         run_split=run_split,
     )
@@ -760,7 +764,7 @@ def evaluate_autoencoder(
     data: Annotated[list[Path], typer.Option(help="Folder with images/ and masks/; repeat for several sets.")],
     autoencoder: Annotated[
         str, typer.Option(help="'packaged:NAME', a run, or an autoencoder folder.")
-    ] = "packaged:compact-f4",
+    ] = "packaged:compact-f2",
     split: Annotated[Part, typer.Option(help="Which part of the data.")] = Part.test,
     size: Annotated[int, typer.Option(min=8, help="Side in pixels that masks are resized to.")] = 256,
     out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,

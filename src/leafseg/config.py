@@ -507,7 +507,7 @@ class AutoencoderTrainingSettings(SettingsModel):
     """How ``leafseg train-autoencoder`` trains; the model's shape is AutoencoderSettings."""
 
     model: AutoencoderSettings = AutoencoderSettings(
-        block_out_channels=(16, 32, 64),
+        block_out_channels=(16, 32),
         layers_per_block=1,
         latent_channels=8,
         norm_num_groups=8,
@@ -680,8 +680,8 @@ _TINY = {
     },
     "model": {
         "autoencoder": {
-            "weights": "packaged:compact-f4",
-            "block_out_channels": [16, 32, 64],
+            "weights": "packaged:compact-f2",
+            "block_out_channels": [16, 32],
             "layers_per_block": 1,
             "latent_channels": 8,
             "norm_num_groups": 8,
@@ -689,10 +689,11 @@ _TINY = {
             "scaling_factor": 1.0,
         },
         "unet": {
-            "block_out_channels": [32, 64, 128, 256],
-            "down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
-            "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
-            "layers_per_block": 2,
+            "block_out_channels": [32, 32, 64, 128, 256],
+            "down_block_types": ["DownBlock2D", "DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
+            "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D", "UpBlock2D"],
+            "layers_per_block": 1,
+            "resample": "conv",
             "num_attention_heads": 4,
             "norm_num_groups": 32,
             "dropout": 0.0,
@@ -704,7 +705,7 @@ _TINY = {
     # Chosen on validation parts: docs/results/recipe.md.
     "objective": {
         "alignment_weight": 0.25,
-        "alignment_tap": 1,
+        "alignment_tap": 2,
         "terminal_fraction": 1.0,
         "terminal_noise": "zeros",
         "pixel_weight": 1.0,

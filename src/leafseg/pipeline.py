@@ -417,6 +417,15 @@ class LeafPipeline(DiffusionPipeline):
 
     def _chosen(self, decoder: PartChoice | None, encoder: PartChoice | None) -> tuple[PartChoice, PartChoice]:
         """Which (decoder, encoder) to use; None stands for the pipeline's own."""
+        self.check_parts(decoder, encoder)
+        return decoder or self.decoder, encoder or self.encoder
+
+    def check_parts(self, decoder: PartChoice | None, encoder: PartChoice | None) -> None:
+        """
+        Raises:
+            ValueError: for another choice than ``full`` and ``compact``.
+            CheckpointError: if the model lacks a compact part that is asked for.
+        """
         for name, wanted in (("decoder", decoder), ("encoder", encoder)):
             if wanted not in (None, "full", "compact"):
                 raise ValueError(f"{name} is {wanted!r}; known are full, compact")
@@ -425,7 +434,6 @@ class LeafPipeline(DiffusionPipeline):
                     f"the model has no compact {name}; run leafseg compact MODEL --images DIR --out DIR, and use what "
                     "it writes"
                 )
-        return decoder or self.decoder, encoder or self.encoder
 
     def encode_images(self, images: Tensor, encoder: PartChoice = "full") -> Tensor:
         """Image latents ``[B, z, h, w]``, as the U-Net takes them, of images ``[B, 3, H, W]`` in -1..1."""

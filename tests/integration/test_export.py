@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from leafseg import runtime
-from leafseg.config import Settings
+from leafseg.config import PartChoice, Settings
 from leafseg.data.images import read_image, write_png
 from leafseg.ensemble import load_model
 from leafseg.errors import CheckpointError, MissingExtraError
@@ -23,6 +23,7 @@ from leafseg.export.graph import SingleStep, fold_time
 from leafseg.export.measure import Recorded, mask_agreement
 from leafseg.exported import ExportedSegmenter, stored_data_settings
 from leafseg.model.build import build_components
+from leafseg.model.compact import CompactImageEncoder, CompactMaskDecoder
 from leafseg.pipeline import LeafPipeline
 from leafseg.predict import Segmentation, load_segmenter
 
@@ -42,6 +43,7 @@ def saved_model(
     overlapping: bool = False,
     prediction_type: str = "sample",
     noise: str = "gaussian",
+    compact: bool = False,
 ) -> Path:
     """A pipeline folder with random weights, the same in every test."""
     model = settings.model.model_copy(update={"mask_code": mask_code})
@@ -49,6 +51,10 @@ def saved_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         parts = build_components(settings, label_names=label_names, overlapping=overlapping)
+        light = {}
+        if compact:
+            light["compact_decoder"] = CompactMaskDecoder.for_autoencoder(parts.autoencoder.config, width=32, blocks=1)
+            light["compact_encoder"] = CompactImageEncoder.for_encoder(parts.image_encoder.config, width=32, blocks=1)
     parts.scheduler.register_to_config(prediction_type=prediction_type)
     LeafPipeline(
         unet=parts.unet,
@@ -58,6 +64,7 @@ def saved_model(
         preprocessing=settings.data.preprocessing.model_dump(mode="json"),
         mask_code={"name": parts.mask_code.name, "label_names": list(parts.mask_code.label_names)},
         noise=noise,
+        **light,
     ).save_pretrained(folder)
     return folder
 
@@ -195,6 +202,34 @@ def test_the_stored_graph_computes_nothing_of_time(exported: Path) -> None:
     kinds = {node.op_type for node in onnx.load(exported / "model.onnx").graph.node}
     assert "Conv" in kinds
     assert not kinds & {"Sin", "Cos"}
+
+
+@pytest.mark.parametrize(("decoder", "encoder"), [("compact", "full"), ("full", "compact"), ("compact", "compact")])
+def test_light_parts_are_exported_in_place_of_the_full_ones(
+    tiny_settings: Settings, tmp_path: Path, cli: Cli, decoder: PartChoice, encoder: PartChoice
+) -> None:
+    folder = saved_model(tmp_path / "model", tiny_settings, compact=True)
+    asked = ("--decoder", decoder, "--encoder", encoder)
+    report = cli("export", folder, "--to", "onnx", *asked, "--repeats", "3", "--out", tmp_path / "out").stdout
+    loaded, pipeline = runtime.load(tmp_path / "out"), LeafPipeline.from_pretrained(folder)
+    generator = np.random.default_rng(2)
+    image = generator.random((3, 3, 32, 32), dtype=np.float32)
+    noise = generator.standard_normal((3, 4, 4, 4), dtype=np.float32)
+    given, latents = torch.from_numpy(image), torch.from_numpy(noise)
+    found = loaded.run(image, noise)
+    expected = pipeline(given, latents=latents, decoder=decoder, encoder=encoder).probability
+    np.testing.assert_allclose(found, expected.numpy(), atol=CLOSE)
+    assert np.abs(found - pipeline(given, latents=latents).probability.numpy()).max() > 10 * CLOSE
+    assert loaded.run(np.zeros((1, 3, 48, 64), np.float32), np.zeros((1, 4, 6, 8), np.float32)).shape == (1, 1, 48, 64)
+    light = [name for name, kind in (("mask decoder", decoder), ("image encoder", encoder)) if kind == "compact"]
+    assert f"With the light {' and '.join(light)} of" in (tmp_path / "out" / "README.md").read_text()
+    assert str(tmp_path / "out") in report
+
+
+def test_a_light_part_that_the_model_lacks_is_refused(model: Path, tmp_path: Path, cli: Cli) -> None:
+    given = ("export", model, "--to", "onnx", "--decoder", "compact", "--out", tmp_path / "out")
+    assert "the model has no compact decoder; run leafseg compact" in cli(*given).error
+    assert not (tmp_path / "out").exists()
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------

@@ -126,8 +126,8 @@ def test_noise_prediction_with_terminal_samples_is_refused() -> None:
 
 def test_all_contradictions_are_named_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        load_settings("leaf-tiny", overrides=["objective.prediction_type=epsilon", "objective.alignment_tap=3"])
-    for name in ("terminal_fraction is 1", "pixel_weight is 1", "alignment_tap is 3"):
+        load_settings("leaf-tiny", overrides=["objective.prediction_type=epsilon", "objective.alignment_tap=4"])
+    for name in ("terminal_fraction is 1", "pixel_weight is 1", "alignment_tap is 4"):
         assert f"objective.{name}" in str(caught.value)
     assert "\n" not in str(caught.value)
 

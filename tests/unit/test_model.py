@@ -310,21 +310,22 @@ def test_an_autoencoder_of_another_shape_than_the_settings_is_refused(
         build_autoencoder(asked.model_copy(update={"latent_channels": 8}))
 
 
-STRIDE_8 = Path(__file__).resolve().parents[2] / "configs" / "tiny-stride-8.yaml"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+STRIDE_8, STRIDE_4 = CONFIGS / "tiny-stride-8.yaml", CONFIGS / "tiny-stride-4.yaml"
 
 
-def test_the_network_of_earlier_trainings_can_still_be_built() -> None:
-    """What ``configs/tiny-stride-8.yaml`` is for: resuming and fine-tuning models of before stride 4."""
-    settings = load_settings("leaf-tiny", file=STRIDE_8)
-    figures = model_figures(settings)
-    assert figures.parameters["inference"] == 20_531_651
+@pytest.mark.parametrize(("file", "parameters"), [(STRIDE_8, 20_531_651), (STRIDE_4, 17_863_843)])
+def test_the_networks_of_earlier_trainings_can_still_be_built(file: Path, parameters: int) -> None:
+    """What these files are for: resuming and fine-tuning models of before."""
+    settings = load_settings("leaf-tiny", file=file)
+    assert model_figures(settings).parameters["inference"] == parameters
     assert tap_grid(settings) == tap_grid(load_settings("leaf-tiny")) == (8, 8)  # cached features serve both
 
 
 def test_the_packaged_autoencoder_is_what_leaf_tiny_asks_for_and_carries_statistics_of_masks() -> None:
     autoencoder = build_autoencoder(load_settings("leaf-tiny").model.autoencoder)
     assert len(autoencoder.config["latents_mean"]) == len(autoencoder.config["latents_std"]) == 8
-    with pytest.raises(ConfigError, match="the package ships compact-f4, compact-f8"):
+    with pytest.raises(ConfigError, match="the package ships compact-f2, compact-f4, compact-f8"):
         build_autoencoder(AutoencoderSettings(weights="packaged:compact-f9"))
 
 
@@ -406,13 +407,13 @@ def test_pictures_are_encoded_and_decoded_one_by_one(tiny_components: Components
     torch.testing.assert_close(decoded, torch.cat(each, 1), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("file", [None, STRIDE_8])
-def test_the_packaged_autoencoders_carry_a_mask_through(file: Path | None) -> None:
+@pytest.mark.parametrize(("file", "stride"), [(None, 2), (STRIDE_4, 4), (STRIDE_8, 8)])
+def test_the_packaged_autoencoders_carry_a_mask_through(file: Path | None, stride: int) -> None:
     from leafseg.evaluation.round_trip import mask_round_trip_dice
 
     settings = load_settings("leaf-tiny", file=file)
     autoencoder = build_autoencoder(settings.model.autoencoder).eval()
-    assert 2 ** (len(autoencoder.config["block_out_channels"]) - 1) == (8 if file else 4)
+    assert 2 ** (len(autoencoder.config["block_out_channels"]) - 1) == stride
     y, x = torch.meshgrid(torch.arange(128), torch.arange(128), indexing="ij")
     labels = (((y - 60) / 40.0) ** 2 + ((x - 70) / 25.0) ** 2 <= 1).long()[None]
     assert mask_round_trip_dice(autoencoder, labels) > 0.97

@@ -39,6 +39,7 @@ def model_card(content: Mapping[str, Any]) -> str:
         f"- Prediction: {content['prediction_type']} at timestep {content['timestep']}; "
         f"{_STARTS[content['noise']['kind']]}, so that the same image gives the same mask",
         f"- Made with {', '.join(f'{name} {number}' for name, number in content['versions'].items())}",
+        *_light_parts(content.get("parts", {})),
         "",
         "## Measured, against the source model in fp32 in PyTorch",
         "",
@@ -74,6 +75,13 @@ def model_card(content: Mapping[str, Any]) -> str:
         "With the whole of leafseg: `leafseg predict THIS_FOLDER IMAGES --out MASKS`, and `leafseg evaluate`.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _light_parts(parts: Mapping[str, str]) -> list[str]:
+    light = [name for name, kind in parts.items() if kind == "compact"]
+    if not light:
+        return []
+    return [f"- With the light {' and '.join(light)} of `leafseg compact`, which the masks below are compared without"]
 
 
 def dice_change(figures: Mapping[str, Any]) -> str:

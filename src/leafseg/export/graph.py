@@ -9,10 +9,11 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from leafseg.config import PredictionType
+from leafseg.config import PartChoice, PredictionType
 from leafseg.errors import ConfigError
 from leafseg.mask_code import BinaryMaskCode, BitsMaskCode, OverlappingMaskCode, PlanesMaskCode
-from leafseg.model.autoencoder import decode_pictures, scale_latent
+from leafseg.model.autoencoder import MaskDecoder, decode_pictures, scale_latent
+from leafseg.model.compact import CompactMaskDecoder
 from leafseg.model.unet import MaskUNet
 from leafseg.pipeline import LeafPipeline
 from leafseg.sampler import ddim_update, inference_timesteps
@@ -28,15 +29,18 @@ class SingleStep(nn.Module):
 
     Args:
         pipeline: see :func:`check_exportable`.
+        decoder, encoder: ``compact`` takes the pipeline's light part (``leafseg compact``).
     """
 
-    def __init__(self, pipeline: LeafPipeline) -> None:
+    def __init__(self, pipeline: LeafPipeline, *, decoder: PartChoice = "full", encoder: PartChoice = "full") -> None:
         super().__init__()
         schedule = pipeline.scheduler.config
         (self.timestep,) = inference_timesteps(int(schedule["num_train_timesteps"]), 1)
-        self.image_encoder = pipeline.image_encoder
+        self._light_encoder, self._light_decoder = encoder == "compact", decoder == "compact"
+        self.image_encoder = pipeline.compact_encoder if self._light_encoder else pipeline.image_encoder
         self.unet = fold_time(pipeline.unet, self.timestep)
-        self.vae = pipeline.vae
+        self.mask_decoder = pipeline.compact_decoder if self._light_decoder else pipeline.vae
+        self._latent_statistics = pipeline.vae.config
         self._probability = pipeline.mask_code.probability
         self._prediction_type = cast(PredictionType, schedule["prediction_type"])
         self._clip_range = float(schedule["clip_sample_range"]) if schedule["clip_sample"] else None
@@ -48,7 +52,7 @@ class SingleStep(nn.Module):
         s is the latent stride.
         """
         dtype = self.unet.dtype
-        image_latent = scale_latent(self.image_encoder(image.to(dtype) * 2 - 1), self.vae.config)
+        image_latent = self._encode(image.to(dtype) * 2 - 1)
         prediction = self.unet.denoise(torch.cat([image_latent, noise.to(dtype)], 1), self.timestep)
         latent = ddim_update(
             prediction.float(),
@@ -58,7 +62,16 @@ class SingleStep(nn.Module):
             prediction_type=self._prediction_type,
             clip_range=self._clip_range,
         )
-        return self._probability(decode_pictures(self.vae, latent.to(dtype)).float())
+        return self._probability(self._decode(latent.to(dtype)).float())
+
+    def _encode(self, image: Tensor) -> Tensor:
+        latent: Tensor = self.image_encoder(image)
+        return latent if self._light_encoder else scale_latent(latent, self._latent_statistics)
+
+    def _decode(self, latent: Tensor) -> Tensor:
+        if self._light_decoder:
+            return cast(CompactMaskDecoder, self.mask_decoder).decode_pictures(latent)
+        return decode_pictures(cast(MaskDecoder, self.mask_decoder), latent)
 
 
 class _Constant(nn.Module):
@@ -95,11 +108,13 @@ def fold_time(unet: MaskUNet, timestep: int) -> MaskUNet:
     return folded
 
 
-def check_exportable(pipeline: LeafPipeline) -> None:
+def check_exportable(pipeline: LeafPipeline, *, decoder: PartChoice = "full", encoder: PartChoice = "full") -> None:
     """
     Raises:
         ConfigError: if an export cannot say what the model says.
+        CheckpointError: if the model lacks a compact part that is asked for.
     """
+    pipeline.check_parts(decoder, encoder)
     if pipeline.preprocessor.settings.fit == "tile":
         raise ConfigError(
             "the model's fit is 'tile', and an exported model takes whole images; predict with the model itself, or "

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from leafseg import rng
-from leafseg.config import PreprocessingSettings
+from leafseg.config import PartChoice, PreprocessingSettings
 from leafseg.data.manifest import Manifest
 from leafseg.evaluation.evaluate import EvaluationRow, evaluate_samples
 from leafseg.evaluation.intervals import bootstrap_mean
@@ -155,15 +155,24 @@ def evaluate_both(model: Segmenter, exported: Segmenter, part: Manifest) -> tupl
     return [sample.name for sample in part.samples], classes
 
 
-def probability_difference(pipeline: LeafPipeline, runtime: Runtime, *, images: int = 4) -> float:
+def probability_difference(
+    pipeline: LeafPipeline,
+    runtime: Runtime,
+    *,
+    decoder: PartChoice = "full",
+    encoder: PartChoice = "full",
+    images: int = 4,
+) -> float:
     """Largest difference of probabilities for random images and the same noise, on the network's grid.
 
     Random images say nothing about masks, but they find a graph that computes something else.
     """
     batch = _random_images(runtime, images)
     noise = np.concatenate([runtime.draw_noise(image) for image in batch])
-    expected = pipeline(torch.from_numpy(batch), latents=torch.from_numpy(noise)).probability.numpy()
-    return float(np.abs(runtime.run(batch, noise) - expected).max())
+    expected = pipeline(
+        torch.from_numpy(batch), latents=torch.from_numpy(noise), decoder=decoder, encoder=encoder
+    ).probability
+    return float(np.abs(runtime.run(batch, noise) - expected.numpy()).max())
 
 
 def latency(pipeline: LeafPipeline, runtime: Runtime, *, repeats: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from leafseg.config import DataSettings
+from leafseg.config import DataSettings, PartChoice
 from leafseg.data.images import IMAGE_SUFFIXES, VOLUME_SUFFIXES, Reading, count_frames, image_suffix
 from leafseg.data.manifest import Manifest, read_csv
 from leafseg.data.pixels import PixelPreprocessor, draw_noise, noise_position
@@ -134,6 +134,8 @@ def export_model(
     min_agreement: float = 0.99,
     repeats: int = 20,
     model_name: str = "",
+    decoder: PartChoice = "full",
+    encoder: PartChoice = "full",
     data_settings: DataSettings | None = None,
     run_split: Path | None = None,
 ) -> ExportReport:
@@ -153,26 +155,31 @@ def export_model(
             below which nothing is written.
         repeats: of the latency measurement.
         model_name: the name that the model was loaded by.
+        decoder, encoder: ``compact`` exports that part of ``leafseg compact`` in place of the full one. Masks are
+            compared with those of the full model all the same.
         data_settings: what mask values mean, kept for evaluations of the export.
         run_split: the split of the model's run; kept as content hashes and parts, without names.
 
     Raises:
         ConfigError, DataError, MissingExtraError: as :func:`check_request` and :func:`check_exportable`; also for
             calibration images that are missing, or masks of other classes.
-        CheckpointError: if the export computes something else than the model, or agrees too little.
+        CheckpointError: if the export computes something else than the model, or agrees too little, or the model lacks
+            a compact part that is asked for.
     """
     check_request(out, to=to, precision=precision, calibration=calibration)
     pipeline = segmenter.pipeline
-    check_exportable(pipeline)
+    check_exportable(pipeline, decoder=decoder, encoder=encoder)
+    step = SingleStep(pipeline, decoder=decoder, encoder=encoder).eval()
     if part is not None:
         check_classes(segmenter, part)
         if not len(part):
             raise DataError(f"{part.root}: the part has no samples; choose another --split or add images")
     frames = _evenly_spaced(_frames(calibration, segmenter)) if calibration is not None else []
     with new_folder(out) as folder:
-        _write_graph(pipeline, folder, to=to, precision=precision, frames=frames)
+        _write_graph(step, pipeline, folder, to=to, precision=precision, frames=frames)
         content = _content(pipeline, folder, to=to, precision=precision, calibrated_on=len(frames))
         content["source"] = _source(model_name)
+        content["parts"] = {"mask decoder": decoder, "image encoder": encoder}
         content["selected_on_test"] = selected_on_test(Path(model_name))
         if data_settings is not None:
             content["data"] = data_settings.model_dump(mode="json", include=set(_DATA_SETTINGS))
@@ -182,7 +189,7 @@ def export_model(
 
         exported = load_exported(folder, threads=torch.get_num_threads())
         measured: dict[str, Any] = content["measured"]
-        difference = probability_difference(pipeline, exported.runtime)
+        difference = probability_difference(pipeline, exported.runtime, decoder=decoder, encoder=encoder)
         measured["probability_difference"] = difference
         if difference > _ROUNDING.get(precision, 1.0):
             raise CheckpointError(
@@ -224,6 +231,7 @@ def _check_agreement(agreement: Agreement, out: Path, *, precision: str, bar: fl
 
 
 def _write_graph(
+    step: SingleStep,
     pipeline: LeafPipeline,
     folder: Path,
     *,
@@ -232,7 +240,6 @@ def _write_graph(
     frames: Sequence[tuple[Path, int | None]],
 ) -> None:
     settings = pipeline.preprocessor.settings
-    step = SingleStep(pipeline).eval()
     if to == "onnx" and precision == "fp16":
         step = copy.deepcopy(step).half()  # its modules are the pipeline's own
     target = folder / GRAPH_FILES[to][0]
