@@ -59,7 +59,13 @@ def _without_out(words: Sequence[str]) -> list[str]:
 
 
 def write_record(path: Path | None, record: dict[str, Any]) -> None:
+    """To a JSON file; a record of leaf-tiny says of which of its networks, told apart by the latents' stride."""
     if path is not None:
+        if record.get("preset") == "leaf-tiny":
+            from leafseg.config import load_settings
+
+            levels = load_settings("leaf-tiny").model.autoencoder.block_out_channels
+            record["latent_stride"] = 2 ** (len(levels) - 1)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n")
 
@@ -141,6 +147,7 @@ def write_random_model(
         scheduler=parts.scheduler,
         preprocessing=settings.data.preprocessing.model_dump(mode="json"),
         mask_code={"name": parts.mask_code.name, "label_names": list(label_names)},
+        noise=settings.objective.terminal_noise,  # as training stores it: drawing noise takes milliseconds
         **light,
     )
     save_model_folder(pipeline, folder)

@@ -353,6 +353,12 @@ def decoder_section(record: dict[str, Any] | None) -> list[str]:
     ]
 
 
+def _stride(record: dict[str, Any]) -> int:
+    """Of the latents of the model that was compacted."""
+    levels = record["model_settings"]["model"]["autoencoder"]["block_out_channels"]
+    return int(2 ** (len(levels) - 1))
+
+
 def end_to_end_section(found: list[dict[str, Any]]) -> list[str]:
     text = ["## End to end: leaf-tiny", ""]
     if not found:
@@ -376,6 +382,9 @@ def end_to_end_section(found: list[dict[str, Any]]) -> list[str]:
     for record in found:
         steps = ", ".join(f"{part} {row['steps']} steps" for part, row in record["training"].items())
         text += [f"`{record['command']}` ({steps}; {record['hardware']}, commit {record['commit'][:7]})", ""]
+        stride = _stride(record)
+        if stride != _stride({"model_settings": load_settings("leaf-tiny").model_dump()}):
+            text += [f"With `leaf-tiny`'s network of before, whose latents have stride {stride}.", ""]
         if "tuning" not in record["training"]:
             text += ["At that commit there was no tuning, and a third of the minutes was the decoder's.", ""]
         if record.get("note"):

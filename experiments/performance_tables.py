@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from leafseg.config import load_settings
+
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "docs" / "results" / "performance"
 PAGE = ROOT / "docs" / "performance.md"
@@ -39,19 +41,29 @@ AGREEMENT_COMMANDS = (
     "  the images of the test part (RUN/split.csv).",
     "- agreement-tiny-wbc-compact (128 px): the model and compact parts of [compact](results/compact.md), then",
     "  `leafseg benchmark RUN/compact --images HELD_OUT --compact both --min-agreement 0.995 --repeats 7 --out FILE`.",
+    "- Both with leaf-tiny's network of before (`configs/tiny-stride-4.yaml`).",
     "- agreement-base-random: `leafseg benchmark MODEL --repeats 1 --out FILE` on a model of `write_random_model` in",
     "  `benchmarks/_common.py` (random weights: its masks say nothing, so none are compared).",
 )
 
 
 def read_records(folder: Path) -> list[Record]:
-    """All full records; one of a --quick check is no result."""
+    """All full records; one of a --quick check is no result, and no table of inference mixes two networks."""
     records = [json.loads(path.read_text()) | {"file": path.name} for path in sorted(folder.glob("*.json"))]
-    return [record for record in records if not record.get("quick")]
+    full = [record for record in records if not record.get("quick")]
+    return [record for record in full if record.get("question") != "inference" or is_present(record)]
 
 
 def of(records: Iterable[Record], question: str, preset: str | None = None) -> list[Record]:
     return [r for r in records if r.get("question") == question and preset in (None, r.get("preset"))]
+
+
+def is_present(record: Record) -> bool:
+    """Whether a record is of the preset's present network; earlier records of leaf-tiny name no stride."""
+    if record.get("preset") != "leaf-tiny":
+        return True
+    levels = load_settings("leaf-tiny").model.autoencoder.block_out_channels
+    return bool(record.get("latent_stride", 4) == 2 ** (len(levels) - 1))
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -68,7 +80,8 @@ def conditions(records: Sequence[Record]) -> list[str]:
             f"{unit['model']} ({unit['instructions']}{', bf16' if unit['bf16'] else ''}), {record['threads']} threads, "
         )
         found += ", ".join(f"{name} {number}" for name, number in versions.items())
-        lines.append(f"- `{record.get('command', record['file'])}`: {found}")
+        before = "" if is_present(record) else "; with leaf-tiny's network of before, latents of stride 4"
+        lines.append(f"- `{record.get('command', record['file'])}`: {found}{before}")
     return [*lines, ""] if lines else []
 
 

@@ -44,13 +44,19 @@ def text(interval: Interval | None, *, signed: bool = False) -> str:
     return f"{interval.mean:{sign}.3f}{bounds}"
 
 
-def difference(these: list[dict[str, Any]], those: list[dict[str, Any]], **options: Any) -> Interval | None:
-    """These minus those, paired by seed and image; None where no seed has both."""
+def paired(these: list[dict[str, Any]], those: list[dict[str, Any]], **options: Any) -> np.ndarray | None:
+    """These minus those, ``[seeds, images]``, of the seeds that both have; None where no seed has both."""
     pairs = [(one, other) for one in these for other in those if one["seed"] == other["seed"]]
     if not pairs:
         return None
     one, other = (matrix([pair[k] for pair in pairs], **options) for k in (0, 1))
-    return bootstrap_seeds_and_images(one - other)
+    return np.asarray(one - other)
+
+
+def difference(these: list[dict[str, Any]], those: list[dict[str, Any]], **options: Any) -> Interval | None:
+    """Of :func:`paired`."""
+    gain = paired(these, those, **options)
+    return None if gain is None else bootstrap_seeds_and_images(gain)
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -132,9 +138,10 @@ def section(plan: dict[str, Any], records: list[dict[str, Any]]) -> list[str]:
         lines += [f"{name}, averaged over mirrored images ({flips}) against the plain image:", ""]
         lines += table(["data", "Dice gained"], rows or [["all", NOT_RUN]])
     for one, other in plan.get("pooled", []):
-        gains = [matrix(mine[one, d]) - matrix(mine[other, d]) for d in plan["data"] if mine[one, d] and mine[other, d]
-                 and len(mine[one, d]) == len(mine[other, d])]  # fmt: skip
-        lines += [f"Over the sets, {one} minus {other}: {pooled(gains, len(plan['data']))}.", ""]
+        gains = [gain for d in plan["data"] if (gain := paired(mine[one, d], mine[other, d])) is not None]
+        fewest = min((len(gain) for gain in gains), default=0)
+        shared = f" ({fewest} seeds)" if 0 < fewest < len(plan["seeds"]) else ""
+        lines += [f"Over the sets, {one} minus {other}{shared}: {pooled(gains, len(plan['data']))}.", ""]
     return lines
 
 
