@@ -64,8 +64,7 @@ def write_record(path: Path | None, record: dict[str, Any]) -> None:
         if record.get("preset") == "leaf-tiny":
             from leafseg.config import load_settings
 
-            levels = load_settings("leaf-tiny").model.autoencoder.block_out_channels
-            record["latent_stride"] = 2 ** (len(levels) - 1)
+            record["latent_stride"] = load_settings("leaf-tiny").model.autoencoder.stride
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n")
 

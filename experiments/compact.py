@@ -31,7 +31,13 @@ import numpy as np
 import torch
 
 from leafseg.compact import AGREEMENT_FILE
-from leafseg.config import DataSettings, PreprocessingSettings, load_compact_settings, load_settings
+from leafseg.config import (
+    AutoencoderSettings,
+    DataSettings,
+    PreprocessingSettings,
+    load_compact_settings,
+    load_settings,
+)
 from leafseg.data.dataset import SegmentationDataset
 from leafseg.data.manifest import load_manifest
 from leafseg.data.transforms import Preprocessor
@@ -288,7 +294,7 @@ def work() -> list[str]:
         with torch.device("meta"):
             parts = build_components(settings, with_weights=False)
             z = settings.model.autoencoder.latent_channels
-            down = 2 ** (len(settings.model.autoencoder.block_out_channels) - 1)
+            down = settings.model.autoencoder.stride
             image, code = torch.empty(1, 3, height, width), torch.empty(1, z, height // down, width // down)
             light_decoder = CompactMaskDecoder.for_autoencoder(parts.autoencoder.config)
             light_encoder = CompactImageEncoder.for_encoder(parts.image_encoder.config)
@@ -353,12 +359,6 @@ def decoder_section(record: dict[str, Any] | None) -> list[str]:
     ]
 
 
-def _stride(record: dict[str, Any]) -> int:
-    """Of the latents of the model that was compacted."""
-    levels = record["model_settings"]["model"]["autoencoder"]["block_out_channels"]
-    return int(2 ** (len(levels) - 1))
-
-
 def end_to_end_section(found: list[dict[str, Any]]) -> list[str]:
     text = ["## End to end: leaf-tiny", ""]
     if not found:
@@ -382,8 +382,8 @@ def end_to_end_section(found: list[dict[str, Any]]) -> list[str]:
     for record in found:
         steps = ", ".join(f"{part} {row['steps']} steps" for part, row in record["training"].items())
         text += [f"`{record['command']}` ({steps}; {record['hardware']}, commit {record['commit'][:7]})", ""]
-        stride = _stride(record)
-        if stride != _stride({"model_settings": load_settings("leaf-tiny").model_dump()}):
+        stride = AutoencoderSettings.model_validate(record["model_settings"]["model"]["autoencoder"]).stride
+        if stride != load_settings("leaf-tiny").model.autoencoder.stride:
             text += [f"With `leaf-tiny`'s network of before, whose latents have stride {stride}.", ""]
         if "tuning" not in record["training"]:
             text += ["At that commit there was no tuning, and a third of the minutes was the decoder's.", ""]

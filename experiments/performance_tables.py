@@ -62,8 +62,7 @@ def is_present(record: Record) -> bool:
     """Whether a record is of the preset's present network; earlier records of leaf-tiny name no stride."""
     if record.get("preset") != "leaf-tiny":
         return True
-    levels = load_settings("leaf-tiny").model.autoencoder.block_out_channels
-    return bool(record.get("latent_stride", 4) == 2 ** (len(levels) - 1))
+    return bool(record.get("latent_stride", 4) == load_settings("leaf-tiny").model.autoencoder.stride)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

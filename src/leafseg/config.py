@@ -172,6 +172,11 @@ class AutoencoderSettings(SettingsModel):
     mid_block_attention: bool = True
     scaling_factor: float = Field(0.18215, description="latent = (code - latents_mean) / latents_std * scaling_factor")
 
+    @property
+    def stride(self) -> int:
+        """Input pixels per latent cell."""
+        return int(2 ** (len(self.block_out_channels) - 1))
+
 
 class UNetSettings(SettingsModel):
     """The U-Net's own layout; channels in and out follow from the autoencoder and the mask code."""
@@ -243,7 +248,7 @@ class ModelSettings(SettingsModel):
         """Input pixels per pixel of the U-Net's deepest level; every input side is a multiple of it."""
         if self.kind == "unet":
             return self.baseline.stride
-        return int(2 ** (len(self.autoencoder.block_out_channels) - 1)) * self.unet.stride
+        return self.autoencoder.stride * self.unet.stride
 
 
 class TeacherSettings(SettingsModel):

@@ -81,7 +81,10 @@ def _light_parts(parts: Mapping[str, str]) -> list[str]:
     light = [name for name, kind in parts.items() if kind == "compact"]
     if not light:
         return []
-    return [f"- With the light {' and '.join(light)} of `leafseg compact`, which the masks below are compared without"]
+    return [
+        f"- With the light {' and '.join(light)} of `leafseg compact`: the probabilities below are compared with "
+        "the same light parts, masks and times with the source model's full ones"
+    ]
 
 
 def dice_change(figures: Mapping[str, Any]) -> str:

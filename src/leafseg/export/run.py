@@ -169,14 +169,15 @@ def export_model(
     check_request(out, to=to, precision=precision, calibration=calibration)
     pipeline = segmenter.pipeline
     check_exportable(pipeline, decoder=decoder, encoder=encoder)
-    step = SingleStep(pipeline, decoder=decoder, encoder=encoder).eval()
     if part is not None:
         check_classes(segmenter, part)
         if not len(part):
             raise DataError(f"{part.root}: the part has no samples; choose another --split or add images")
     frames = _evenly_spaced(_frames(calibration, segmenter)) if calibration is not None else []
     with new_folder(out) as folder:
+        step = SingleStep(pipeline, decoder=decoder, encoder=encoder).eval()
         _write_graph(step, pipeline, folder, to=to, precision=precision, frames=frames)
+        del step  # a second U-Net
         content = _content(pipeline, folder, to=to, precision=precision, calibrated_on=len(frames))
         content["source"] = _source(model_name)
         content["parts"] = {"mask decoder": decoder, "image encoder": encoder}

@@ -122,8 +122,7 @@ def build_projector(settings: Settings, *, teacher_dim: int) -> Projector:
 
 def tap_grid(settings: Settings) -> tuple[int, int]:
     """Height and width of the alignment tap for the preset's input size (16x16 at 256 px for leaf-base)."""
-    latent_stride = settings.model.stride // settings.model.unet.stride
-    factor = latent_stride * 2 ** (settings.objective.alignment_tap + 1)
+    factor = settings.model.autoencoder.stride * 2 ** (settings.objective.alignment_tap + 1)
     height, width = settings.data.preprocessing.size
     return height // factor, width // factor
 

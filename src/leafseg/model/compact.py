@@ -133,7 +133,7 @@ class CompactImageEncoder(ModelMixin, ConfigMixin):
         latent_std: tuple[float, ...] = (1.0,) * 4,
     ) -> None:
         super().__init__()
-        # At full size even few channels are more bytes than a processor's caches hold: nothing is done there.
+        # A single halving leaves no size between the image's and the latent's, and at the image's nothing is done.
         single = downsamplings == 1
         fold = 2 if single else 2 ** (downsamplings - 1)
         entered = width if single else width // 2

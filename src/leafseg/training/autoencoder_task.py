@@ -260,7 +260,7 @@ def _check(manifests: Sequence[Manifest], model: AutoencoderSettings, settings: 
                 f"{manifest.root}: no sample falls into the train part ({len(manifest)} in all); add images or "
                 "leave the set out"
             )
-    stride = 2 ** (len(model.block_out_channels) - 1)
+    stride = model.stride
     side = min(settings.preprocessing.size)
     problems = []
     if settings.coarse_share > 0 and 2 * settings.crop > side:
