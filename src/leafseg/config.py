@@ -113,6 +113,13 @@ class AugmentationSettings(SettingsModel):
     gamma: float = Field(0.0, ge=0, lt=1, description="log-uniform exponent in exp(+- this)")
     saturation: float = Field(0.0, ge=0, le=1, description="uniform factor in 1 +- this on colours; grey stays grey")
     hue: float = Field(0.0, ge=0, le=0.5, description="uniform turn of the colours in +- this share of the circle")
+    mix: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the samples into which a random rectangle of another training sample is pasted, labels "
+        "included",
+    )
 
 
 class DataSettings(SettingsModel):
@@ -771,42 +778,42 @@ _AUGMENTATION: dict[str, dict[str, Any]] = {
     "xray": {
         "horizontal_flip": False, "vertical_flip": False, "rotation_degrees": 10.0, "scale": [0.85, 1.2],
         "translation": 0.1, "elastic": 0.0, "brightness": 0.1, "contrast": 0.25, "gamma": 0.3,
-        "saturation": 0.0, "hue": 0.0,
+        "saturation": 0.0, "hue": 0.0, "mix": 0.0,
     },
     "ct": {  # Hounsfield units are calibrated: little changes in brightness
         "horizontal_flip": False, "vertical_flip": False, "rotation_degrees": 10.0, "scale": [0.85, 1.2],
         "translation": 0.1, "elastic": 0.0, "brightness": 0.05, "contrast": 0.1, "gamma": 0.0,
-        "saturation": 0.0, "hue": 0.0,
+        "saturation": 0.0, "hue": 0.0, "mix": 0.0,
     },
     "mri": {  # its units are arbitrary
         "horizontal_flip": False, "vertical_flip": False, "rotation_degrees": 15.0, "scale": [0.85, 1.2],
         "translation": 0.1, "elastic": 0.0, "brightness": 0.1, "contrast": 0.25, "gamma": 0.3,
-        "saturation": 0.0, "hue": 0.0,
+        "saturation": 0.0, "hue": 0.0, "mix": 0.0,
     },
     "ultrasound": {  # the probe can be turned round; depth and shadows run downwards
         "horizontal_flip": True, "vertical_flip": False, "rotation_degrees": 10.0, "scale": [0.85, 1.2],
         "translation": 0.1, "elastic": 0.0, "brightness": 0.15, "contrast": 0.25, "gamma": 0.3,
-        "saturation": 0.0, "hue": 0.0,
+        "saturation": 0.0, "hue": 0.0, "mix": 0.0,
     },
     "dermoscopy": {
         "horizontal_flip": True, "vertical_flip": True, "rotation_degrees": 180.0, "scale": [0.8, 1.25],
         "translation": 0.1, "elastic": 0.0, "brightness": 0.1, "contrast": 0.2, "gamma": 0.1,
-        "saturation": 0.2, "hue": 0.02,
+        "saturation": 0.2, "hue": 0.02, "mix": 0.0,
     },
     "fundus": {  # mirrored, the left eye is a right one; above and below differ
         "horizontal_flip": True, "vertical_flip": False, "rotation_degrees": 15.0, "scale": [0.85, 1.2],
         "translation": 0.1, "elastic": 0.0, "brightness": 0.1, "contrast": 0.2, "gamma": 0.2,
-        "saturation": 0.2, "hue": 0.01,
+        "saturation": 0.2, "hue": 0.01, "mix": 0.0,
     },
     "endoscopy": {
         "horizontal_flip": True, "vertical_flip": True, "rotation_degrees": 180.0, "scale": [0.8, 1.25],
         "translation": 0.1, "elastic": 0.0, "brightness": 0.15, "contrast": 0.2, "gamma": 0.2,
-        "saturation": 0.2, "hue": 0.02,
+        "saturation": 0.2, "hue": 0.02, "mix": 0.0,
     },
     "microscopy": {  # stains differ from laboratory to laboratory
         "horizontal_flip": True, "vertical_flip": True, "rotation_degrees": 180.0, "scale": [0.8, 1.25],
         "translation": 0.1, "elastic": 0.0, "brightness": 0.1, "contrast": 0.2, "gamma": 0.2,
-        "saturation": 0.3, "hue": 0.05,
+        "saturation": 0.3, "hue": 0.05, "mix": 0.0,
     },
 }  # fmt: skip
 

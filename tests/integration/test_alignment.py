@@ -61,7 +61,7 @@ def test_a_training_with_cached_features_resumes_exactly_when_the_cache_is_gone(
 ) -> None:
     settings = (
         *aligned, "teacher.features=cached", "data.augmentation.horizontal_flip=true",
-        "data.augmentation.rotation_degrees=20", "model.unet.dropout=0.1",
+        "data.augmentation.rotation_degrees=20", "data.augmentation.mix=0.5", "model.unet.dropout=0.1",
     )  # fmt: skip
     train_tiny(data, tmp_path / "whole", *settings)
     train_tiny(data, tmp_path / "cut", *settings, stop_after=2)

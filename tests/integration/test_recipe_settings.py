@@ -13,6 +13,7 @@ import torch
 
 from leafseg.config import Settings, override_settings
 from leafseg.data.manifest import load_manifest
+from leafseg.data.transforms import augment_grid, unpack_augmentation
 from leafseg.errors import ConfigError
 from leafseg.pipeline import LeafPipeline
 from leafseg.predict import load_segmenter
@@ -188,9 +189,9 @@ def test_masks_that_only_flip_are_encoded_once_and_nothing_else_changes(
     assert all(torch.equal(kept[name], anew[name]) and torch.equal(kept[name], cut[name]) for name in kept)
 
     task = make_task("data.augmentation.vertical_flip=true")
-    for turned, kept in ((False, 4), (True, 0)):
-        if turned:
-            task = make_task("data.augmentation.rotation_degrees=10")
+    for changed, kept in (("", 4), ("rotation_degrees=10", 0), ("mix=0.5", 0)):
+        if changed:
+            task = make_task(f"data.augmentation.{changed}")
         task.prepare(torch.device("cpu"), nullcontext, tmp_path)
         for position in (0, 100):
             samples = [task.dataset[position + i, i % 2] for i in range(8)]
@@ -225,3 +226,35 @@ def test_soft_labels_train_and_change_what_is_learned(
     assert hard.status == soft.status == "finished"
     losses = [read_metrics(tmp_path / name)[0]["train/loss"] for name in ("hard", "soft")]
     assert losses[0] != losses[1]
+
+
+def test_cached_features_of_a_mixed_sample_are_those_of_both_images(
+    make_task: Callable[..., LeafTask], teacher: Path, tmp_path: Path
+) -> None:
+    task = make_task(
+        f"teacher.name={teacher}", "objective.alignment_weight=0.5", "teacher.features=cached",
+        "data.augmentation.mix=0.7", "data.augmentation.vertical_flip=true",
+    )  # fmt: skip
+    task.prepare(torch.device("cpu"), nullcontext, tmp_path)
+    samples = [task.dataset[i, i % 2] for i in range(8)]
+    batch = {name: torch.as_tensor(np.array([s[name] for s in samples])) for name in samples[0]}
+    tokens = task._teacher_tokens(batch)
+    gh, gw = task._grid
+    height, width = task.settings.data.preprocessing.size
+    seen = set()
+    for row, sample in zip(tokens, samples, strict=True):
+        own, lent = (
+            augment_grid(
+                task._cache.get(task._feature_key(index)).T.reshape(-1, gh, gw), unpack_augmentation(change)
+            ).flatten(1).T
+            for index, change in (
+                (sample["index"], sample["augmentation"]), (sample["mix_index"], sample["mix_augmentation"])
+            )
+        )  # fmt: skip
+        top, left, bottom, right = sample["mix_box"].tolist()
+        for cell in range(gh * gw):
+            y, x = (cell // gw + 0.5) * height / gh, (cell % gw + 0.5) * width / gw
+            pasted = top <= y < bottom and left <= x < right
+            seen.add(pasted)
+            assert torch.equal(row[cell], (lent if pasted else own)[cell])
+    assert seen == {True, False}

@@ -12,7 +12,7 @@ from PIL import Image
 from leafseg.pipeline import LeafPipeline
 from leafseg.runs import checkpoint_folder
 
-TILES = ("data.preprocessing.fit=tile", "data.preprocessing.size=[16,32]")
+TILES = ("data.preprocessing.fit=tile", "data.preprocessing.size=[16,32]", "data.augmentation.mix=0.5")
 
 
 def test_a_model_of_tiles_trains_resumes_evaluates_and_predicts(

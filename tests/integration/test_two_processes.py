@@ -17,13 +17,14 @@ from leafseg.training.trainer import TrainingResult
 
 Train = Callable[..., TrainingResult]
 
-# Everything that has a part in more than one process: accumulation, all losses, cached features, validation, EMA.
+# Everything that has a part in more than one process: accumulation, all losses, cached features, mixed samples,
+# validation, EMA.
 # Without dropout, whose masks are drawn per process.
 SETTINGS = (
     "training.steps=4", "training.validations=2", "training.batch_size=4", "training.micro_batch_size=1",
     "model.unet.dropout=0", "model.image_encoder_dropout=0",
     "objective.alignment_weight=0.5", "teacher.features=cached",
-    "objective.terminal_fraction=0.5", "objective.pixel_weight=1.0",
+    "objective.terminal_fraction=0.5", "objective.pixel_weight=1.0", "data.augmentation.mix=0.5",
 )  # fmt: skip
 
 

@@ -95,6 +95,41 @@ def test_the_position_decides_the_augmentation_and_the_vector_tells_it(manifest:
     assert len(drawn) == 4
 
 
+def test_a_mixed_sample_holds_a_rectangle_of_another_one_labels_included(manifest: Manifest) -> None:
+    flips = AugmentationSettings(horizontal_flip=True, vertical_flip=True)
+    mixed = dataset(manifest, augmentation=flips.model_copy(update={"mix": 1.0}))
+    plain, still = dataset(manifest, augmentation=flips), dataset(manifest, augmentation=None)
+    boxes, turned = set(), set()
+    for position in range(12):
+        sample, own = mixed[position, 2], plain[position, 2]
+        assert sample["mix_index"] != 2
+        lender = still[0, sample["mix_index"]]
+        change = unpack_augmentation(sample["mix_augmentation"])
+        image, labels = augment(lender["image"], lender["labels"], change)
+        top, left, bottom, right = sample["mix_box"].tolist()
+        inside = torch.zeros(16, 16, dtype=torch.bool)
+        inside[top:bottom, left:right] = True
+        assert torch.equal(sample["image"], torch.where(inside, image, own["image"]))
+        assert torch.equal(sample["labels"], torch.where(inside, labels, own["labels"]))
+        assert torch.equal(sample["augmentation"], own["augmentation"])
+        boxes.add((top, left, bottom, right))
+        turned.add(change)
+    assert len(boxes) > 6
+    assert len(turned) == 4, "the other sample is flipped by draws of its own"
+
+
+def test_without_mixing_nothing_is_pasted_and_a_share_leaves_the_others_alone(manifest: Manifest) -> None:
+    some = dataset(manifest, augmentation=CHANGE.model_copy(update={"mix": 0.5}))
+    plain = dataset(manifest)
+    untouched = 0
+    for position in range(40):
+        sample = some[position, 1]
+        if not sample["mix_box"].any():
+            untouched += 1
+            assert equal(plain[position, 1], sample)
+    assert 8 < untouched < 32
+
+
 def test_another_seed_draws_another_augmentation(manifest: Manifest) -> None:
     first, second = (dataset(manifest, seed=seed)[0, 0]["augmentation"] for seed in (1, 2))
     assert not torch.equal(first, second)

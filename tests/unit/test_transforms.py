@@ -22,7 +22,9 @@ from leafseg.data.transforms import (
     augment,
     augment_grid,
     draw_augmentation,
+    draw_mix,
     pack_augmentation,
+    paste_grid,
     unpack_augmentation,
 )
 from leafseg.errors import DataError
@@ -399,3 +401,52 @@ def test_a_bend_is_drawn_only_where_it_is_asked_for_and_leaves_the_other_draws()
     assert other.elastic_seed == int(other.elastic_seed) > 0
     assert dataclasses.replace(other, elastic=0.0, elastic_seed=0.0) == one
     assert unpack_augmentation(pack_augmentation(other)) == other
+
+
+@given(
+    n=st.integers(1, 9), seed=st.integers(0, 2**32), share=st.floats(0, 1), height=st.integers(1, 70), data=st.data()
+)
+def test_a_rectangle_is_lent_by_another_sample_and_lies_inside(
+    n: int, seed: int, share: float, height: int, data: st.DataObject
+) -> None:
+    index = data.draw(st.integers(0, n - 1))
+    lender, (top, left, bottom, right) = draw_mix(share, n, index, (height, 33), np.random.default_rng(seed))
+    assert 0 <= lender < n
+    assert n == 1 or lender != index
+    assert 0 <= top <= bottom <= height
+    assert 0 <= left <= right <= 33
+
+
+def test_rectangles_come_as_often_as_asked_and_of_all_sizes_from_all_others() -> None:
+    generator = np.random.default_rng(0)
+    drawn = [draw_mix(0.25, 4, 2, (100, 50), generator) for _ in range(4000)]
+    areas = np.array([(b[2] - b[0]) * (b[3] - b[1]) / 5000 for _, b in drawn if any(b)])
+    assert 0.23 < len(areas) / 4000 < 0.27
+    assert areas.min() < 0.02
+    assert areas.max() > 0.85
+    lenders = [other for other, _ in drawn]
+    assert all(0.3 < lenders.count(other) / 4000 < 0.37 for other in (0, 1, 3))
+    # An uncut rectangle has the image's aspect.
+    uncut = [b for _, b in drawn if b[0] > 0 and b[1] > 0 and b[2] < 100 and b[3] < 50]
+    assert len(uncut) > 100
+    assert all(abs((b[2] - b[0]) - 2 * (b[3] - b[1])) <= 3 for b in uncut)
+
+
+def test_the_same_numbers_are_used_up_whether_anything_is_pasted_or_not() -> None:
+    first, second = np.random.default_rng(5), np.random.default_rng(5)
+    assert draw_mix(0.0, 3, 0, (8, 8), first)[1] == (0, 0, 0, 0)
+    draw_mix(1.0, 3, 0, (8, 8), second)
+    assert first.random() == second.random()
+
+
+def test_a_patch_is_pasted_if_its_centre_is() -> None:
+    under, over = torch.zeros(2, 4, 4), torch.ones(2, 4, 4)
+    whole = paste_grid(under, over, (0, 0, 64, 32), image_size=(64, 32))
+    assert torch.equal(whole, over)
+    assert torch.equal(paste_grid(under, over, (0, 0, 0, 0), image_size=(64, 32)), under)
+    # Patches are 16 rows and 8 columns; their centres lie at rows 8, 24, 40, 56 and columns 4, 12, 20, 28.
+    some = paste_grid(under, over, (9, 4, 40, 21), image_size=(64, 32))
+    expected = torch.zeros(2, 4, 4)
+    expected[:, 1:2, 0:3] = 1
+    assert torch.equal(some, expected)
+    assert under.sum() == 0, "what lies under must stay as it is"

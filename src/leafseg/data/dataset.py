@@ -18,8 +18,10 @@ from leafseg.data.transforms import (
     Preprocessor,
     augment,
     draw_augmentation,
+    draw_mix,
     draw_tile,
     pack_augmentation,
+    paste,
     with_background,
 )
 from leafseg.errors import DataError
@@ -86,15 +88,35 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
             ``image`` float32 ``[3, h, w]`` in 0..1, ``labels`` int64 ``[h, w]`` (``IGNORE`` where nobody labelled) or
             bool ``[C, h, w]`` for overlapping labels, or with soft labels shares, float32 ``[K, h, w]`` in 0..1 (see
             ``Preprocessor.apply_label_shares``), ``augmentation`` float32 ``[13]`` (see
-            ``transforms.unpack_augmentation``), and the ints ``index`` and ``position``.
+            ``transforms.unpack_augmentation``), and the ints ``index`` and ``position``. Where the augmentation mixes
+            samples also ``mix_box`` int64 ``[4]``, the rectangle that was pasted (top, left, bottom, right; empty: all
+            0), ``mix_index``, whose it is, and ``mix_augmentation``, that one's.
 
         Raises:
             DataError: if a file changed or was damaged since the manifest was read.
         """
         position, index = key
+        image, labels, change = self._changed(position, index)
+        sample = {"augmentation": pack_augmentation(change), "index": index, "position": position}
+        if self.augmentation is not None and self.augmentation.mix > 0:
+            size = (image.shape[-2], image.shape[-1])
+            draws = rng.generator(self.seed, "mix", position)
+            other, box = draw_mix(self.augmentation.mix, len(self), index, size, draws)
+            change = Augmentation()
+            if any(box):
+                other_image, other_labels, change = self._changed(position, other, lender=True)
+                image, labels = paste(image, other_image, box), paste(labels, other_labels, box)
+            sample.update(mix_box=torch.tensor(box), mix_index=other, mix_augmentation=pack_augmentation(change))
+        return {"image": image, "labels": labels, **sample}
+
+    def _changed(self, position: int, index: int, *, lender: bool = False) -> tuple[Tensor, Tensor, Augmentation]:
+        """Image and labels of sample ``index`` as position ``position`` changes them, and how.
+
+        A ``lender`` of a rectangle is changed by draws of its own.
+        """
         image_bytes, label_bytes = self._decoded(index)
         if self.preprocessor.settings.fit == "tile":
-            tile = rng.generator(self.seed, "tile", position)
+            tile = rng.generator(self.seed, "mix-tile" if lender else "tile", position)
             image_bytes, label_bytes = draw_tile(
                 image_bytes,
                 label_bytes,
@@ -110,17 +132,12 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
             labels = label_bytes.bool() if overlapping else label_bytes.long()
         change = Augmentation()
         if self.augmentation is not None:
-            change = draw_augmentation(self.augmentation, rng.generator(self.seed, "augmentation", position))
+            draws = rng.generator(self.seed, "mix-augmentation" if lender else "augmentation", position)
+            change = draw_augmentation(self.augmentation, draws)
             image, labels = augment(image, labels, change)
             if self.soft_labels and not overlapping and len(labels) > 1:
                 labels = with_background(labels[1:])  # beyond the border, and where shares were rounded
-        return {
-            "image": image,
-            "labels": labels,
-            "augmentation": pack_augmentation(change),
-            "index": index,
-            "position": position,
-        }
+        return image, labels, change
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": {}, "_cached_bytes": 0}  # a spawned worker fills its own

@@ -289,6 +289,51 @@ def unpack_augmentation(vector: Tensor) -> Augmentation:
     return Augmentation(bool(values[0]), bool(values[1]), *values[2:])
 
 
+Box = tuple[int, int, int, int]  # top, left, bottom, right: the last two are outside
+
+
+def draw_mix(
+    share: float, n: int, index: int, size: tuple[int, int], generator: np.random.Generator
+) -> tuple[int, Box]:
+    """Which sample lends a rectangle, and where: CutMix (Yun et al. 2019, arXiv 1905.04899) with labels pasted.
+
+    Args:
+        share: how often anything is pasted; otherwise the rectangle is empty.
+        n: samples; the lender is any of them but ``index``, unless there is no other.
+        index: the sample that is pasted into.
+        size: (height, width) of the images. The rectangle has their aspect, an area uniform in 0..1 of theirs and a
+            uniform centre; what lies beyond the border is lost.
+        generator: five numbers are drawn from it, whatever the case.
+    """
+    u = generator.random(5)
+    lender = (index + 1 + min(int(u[1] * (n - 1)), max(n - 2, 0))) % n
+    if u[0] >= share:
+        return lender, (0, 0, 0, 0)
+    ends = []
+    for side, centre in zip(size, u[3:], strict=True):
+        half = math.sqrt(u[2]) / 2
+        ends.append([round(min(max(end, 0.0), 1.0) * side) for end in (centre - half, centre + half)])
+    (top, bottom), (left, right) = ends
+    return lender, (top, left, bottom, right)
+
+
+def paste(under: Tensor, over: Tensor, box: Box) -> Tensor:
+    """``under`` with the rectangle ``box`` taken from ``over``, both ``[..., h, w]``."""
+    top, left, bottom, right = box
+    pasted = under.clone()
+    pasted[..., top:bottom, left:right] = over[..., top:bottom, left:right]
+    return pasted
+
+
+def paste_grid(under: Tensor, over: Tensor, box: Box, *, image_size: tuple[int, int]) -> Tensor:
+    """:func:`paste` for features ``[D, gh, gw]``: a patch is taken whose centre lies in the rectangle of the image."""
+    cells = [
+        math.ceil(end * count / side - 0.5)
+        for end, count, side in zip(box, under.shape[-2:] * 2, image_size * 2, strict=True)
+    ]
+    return paste(under, over, (cells[0], cells[1], cells[2], cells[3]))
+
+
 def flips_alone(augmentation: Augmentation) -> tuple[bool, bool] | None:
     """(horizontal, vertical), if flips are all that moves the labels, whatever happens to colours; else None."""
     still = Augmentation()

@@ -17,7 +17,7 @@ from leafseg import rng
 from leafseg.config import ObjectiveSettings, Settings
 from leafseg.data.dataset import SegmentationDataset
 from leafseg.data.manifest import Manifest
-from leafseg.data.transforms import augment_grid, flips_alone, unpack_augmentation
+from leafseg.data.transforms import augment_grid, flips_alone, paste_grid, unpack_augmentation
 from leafseg.errors import CheckpointError
 from leafseg.evaluation.evaluate import input_grid_pipeline
 from leafseg.model.autoencoder import DECODER_ONLY, MaskDecoder, decode_pictures, encode_pictures, scale_latent
@@ -280,14 +280,15 @@ class LeafTask(SegmentationTask):
         return {"loss": loss, **parts}
 
     def _mask_latent(self, labels: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """What the U-Net aims at, ``[B, z, h, w]`` float32; labels that only flips have moved are encoded once."""
+        """What the U-Net aims at, ``[B, z, h, w]`` float32; labels that flips alone have changed are encoded once."""
 
         def encoded(rows: Tensor) -> Tensor:
             with torch.no_grad(), self._autocasting():
                 return encode_pictures(self.parts.autoencoder, self.parts.mask_code.encode(rows)).float()
 
         flips = [flips_alone(unpack_augmentation(vector)) for vector in batch["augmentation"].cpu()]
-        if self.settings.data.preprocessing.fit == "tile" or None in flips:  # every tile is another crop
+        changed = self.settings.data.preprocessing.fit == "tile" or "mix_box" in batch  # anew for every position
+        if changed or None in flips:
             return encoded(labels)
         keys = list(zip(batch["index"].tolist(), flips, strict=True))
         return self._latents.latents(keys, lambda i: encoded(labels[i : i + 1]))
@@ -320,20 +321,35 @@ class LeafTask(SegmentationTask):
             raise RuntimeError("alignment without a teacher")
         if self._cache is None:
             return self.teacher.tokens(batch["image"], self._grid)
-        keys = [self._feature_key(i) for i in batch["index"].tolist()]
+        grids = self._stored_tokens(batch["index"], batch["augmentation"])
+        if "mix_box" in batch:
+            size = self.settings.data.preprocessing.size
+            pasted = [i for i, box in enumerate(batch["mix_box"].tolist()) if any(box)]
+            lent = self._stored_tokens(batch["mix_index"][pasted], batch["mix_augmentation"][pasted])
+            for i, other in zip(pasted, lent, strict=True):
+                top, left, bottom, right = batch["mix_box"][i].tolist()
+                grids[i] = paste_grid(grids[i], other, (top, left, bottom, right), image_size=size)
+        return torch.stack([grid.flatten(1).T for grid in grids]).to(self._device)
+
+    def _stored_tokens(self, indices: Tensor, augmentations: Tensor) -> list[Tensor]:
+        """Cached tokens of these training samples as grids ``[D, gh, gw]``, moved as the samples were."""
+        if self.teacher is None or self._cache is None:
+            raise RuntimeError("cached tokens without a teacher or its cache")
+        chosen = indices.tolist()
+        keys = [self._feature_key(i) for i in chosen]
         stored = [self._cache.get(key) for key in keys]
         if any(tokens is None for tokens in stored):  # the cache was full or a file was damaged
             plain = self._plain_training()
-            images = torch.stack([plain[0, i]["image"] for i in batch["index"].tolist()]).to(self._device)
+            images = torch.stack([plain[0, i]["image"] for i in chosen]).to(self._device)
             stored = list(cached_tokens(self.teacher, self._cache, keys, images, self._grid))
         size = self.settings.data.preprocessing.size
         moved = []
-        for tokens, vector in zip(stored, batch["augmentation"], strict=True):
+        for tokens, vector in zip(stored, augmentations, strict=True):
             if tokens is None:
                 raise RuntimeError("tokens were computed above")
-            grid = tokens.T.reshape(-1, *self._grid)  # [D, gh, gw]
-            moved.append(augment_grid(grid, unpack_augmentation(vector.cpu()), image_size=size).flatten(1).T)
-        return torch.stack(moved).to(self._device)
+            grid = tokens.T.reshape(-1, *self._grid)
+            moved.append(augment_grid(grid, unpack_augmentation(vector.cpu()), image_size=size))
+        return moved
 
     def pipeline(self) -> LeafPipeline:
         """The inference model over the modules as they are now; nothing is copied."""
