@@ -94,7 +94,10 @@ def test_compact_parts_follow_any_stride(levels: int) -> None:
     stride = 2 ** (levels - 1)
     latent = CompactImageEncoder.for_encoder(config, width=32)(torch.zeros(1, 3, 2 * stride, 3 * stride))
     assert latent.shape == (1, 4, 2, 3)
-    assert CompactMaskDecoder.for_autoencoder(config, width=32)(latent).shape == (1, 1, 2 * stride, 3 * stride)
+    decoder = CompactMaskDecoder.for_autoencoder(config, width=32)
+    assert decoder(latent).shape == (1, 1, 2 * stride, 3 * stride)
+    assert len(decoder.body) == decoder.config["blocks"] == (2 if stride == 2 else 4)
+    assert len(CompactImageEncoder.for_encoder(config, width=32, blocks=3).body) == 3
 
 
 def test_a_mask_of_several_pictures_is_decoded_picture_by_picture() -> None:

@@ -28,6 +28,11 @@ def _least_width(levels: Sequence[int]) -> int:
     return int(_WIDTH_A_STRIDE * 2 ** (len(levels) - 1))
 
 
+def _default_blocks(levels: Sequence[int]) -> int:
+    """At stride 2 the least width makes twice as many numbers as at stride 4, and reading them takes the time."""
+    return 2 if len(levels) == 2 else 4
+
+
 class _Block(nn.Module):
     """Two 3x3 convolutions and a shortcut. The one normalisation also tells each place about the whole picture."""
 
@@ -74,14 +79,14 @@ class CompactMaskDecoder(ModelMixin, ConfigMixin):
 
     @classmethod
     def for_autoencoder(
-        cls, config: Mapping[str, Any], *, width: int | None = None, blocks: int = 4
+        cls, config: Mapping[str, Any], *, width: int | None = None, blocks: int | None = None
     ) -> CompactMaskDecoder:
-        """With random weights, for the masks of an autoencoder of this config; its width follows from it by default."""
+        """With random weights, for the masks of an autoencoder of this config; its size follows from it by default."""
         widths = config["block_out_channels"]
         return cls(
             latent_channels=int(config["latent_channels"]),
             width=width or max(_least_width(widths), int(widths[-1]) // 4),
-            blocks=blocks,
+            blocks=blocks or _default_blocks(widths),
             upsamplings=len(widths) - 1,
         )
 
@@ -156,16 +161,16 @@ class CompactImageEncoder(ModelMixin, ConfigMixin):
         config: Mapping[str, Any],
         *,
         width: int | None = None,
-        blocks: int = 4,
+        blocks: int | None = None,
         latent_mean: Sequence[float] | None = None,
         latent_std: Sequence[float] | None = None,
     ) -> CompactImageEncoder:
-        """With random weights, for an image encoder of this config; its width follows from it by default."""
+        """With random weights, for an image encoder of this config; its size follows from it by default."""
         widths, channels = config["block_out_channels"], int(config["latent_channels"])
         return cls(
             latent_channels=channels,
             width=width or max(_least_width(widths), int(widths[-1]) // 2),
-            blocks=blocks,
+            blocks=blocks or _default_blocks(widths),
             downsamplings=len(widths) - 1,
             attention=bool(config["mid_block_add_attention"]),
             latent_mean=tuple(latent_mean or [0.0] * channels),
