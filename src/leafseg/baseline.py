@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from leafseg.model_folder import converted_weights
 from leafseg.predict import Precision, Segmentation, autocast_of, execution_device, labelled
 from leafseg.runs import BASELINE_FILE, resolve_model
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest that is read; without presence thresholds a folder is written as 1
 WEIGHTS_FILE = "model.safetensors"
 
 
@@ -70,6 +69,7 @@ class BaselineSegmenter:
         preprocessing: how images become its input.
         label_names: of the classes, background first; of overlapping labels, no background.
         overlapping: whether a pixel may have several labels.
+        presence: thresholds of the foreground labels, see :mod:`leafseg.presence`.
         autocast: context of a forward pass.
     """
 
@@ -80,11 +80,13 @@ class BaselineSegmenter:
         preprocessing: PreprocessingSettings,
         label_names: Sequence[str],
         overlapping: bool,
+        presence: Sequence[float] = (),
         autocast: Callable[[], AbstractContextManager[Any]] | None = None,
     ) -> None:
         self.network = network
         self.preprocessor = Preprocessor(preprocessing)
         self._label_names, self._overlapping = tuple(label_names), overlapping
+        self.presence = tuple(presence)
         self._autocast = autocast or nullcontext
 
     @property
@@ -113,7 +115,7 @@ class BaselineSegmenter:
         maps = [one for batch in inputs for one in self._probability(batch)]
         for probability, (_, placement) in zip(maps, prepared, strict=True):
             restored = self.preprocessor.restore(probability, placement).clamp(0, 1).numpy()
-            results.append(labelled(restored, overlapping=self._overlapping))
+            results.append(labelled(restored, overlapping=self._overlapping, presence=self.presence))
         return results
 
     def _probability(self, images: Tensor) -> Tensor:
@@ -149,6 +151,7 @@ def save_baseline(
     preprocessing: PreprocessingSettings,
     label_names: Sequence[str],
     overlapping: bool,
+    presence: Sequence[float] = (),
     dtype: WeightsDtype = "fp32",
 ) -> None:
     """Write a baseline's folder.
@@ -160,11 +163,12 @@ def save_baseline(
     folder.mkdir(parents=True, exist_ok=True)
     save_file(converted_weights(network, "network", dtype), folder / WEIGHTS_FILE, metadata={"format": "pt"})
     content = {
-        "format_version": FORMAT_VERSION,
+        "format_version": 2 if presence else 1,
         "baseline": settings.model_dump(mode="json"),
         "preprocessing": preprocessing.model_dump(mode="json"),
         "label_names": list(label_names),
         "overlapping": overlapping,
+        **({"presence": list(presence)} if presence else {}),
         "note": "Research software, not a medical device.",
     }
     write_json_atomic(folder / BASELINE_FILE, content)
@@ -198,10 +202,13 @@ def load_baseline(
         settings = BaselineSettings.model_validate(content["baseline"])
         preprocessing = PreprocessingSettings.model_validate(content["preprocessing"])
         label_names, overlapping = [str(name) for name in content["label_names"]], bool(content["overlapping"])
+        presence = [float(threshold) for threshold in content.get("presence", ())]
+        if len(presence) not in (0, len(label_names) - (not overlapping)) or not all(0 <= t <= 1 for t in presence):
+            raise ValueError(f"presence is {presence}; it must be a number in 0..1 for each foreground label")
         network = build_network(settings, out_channels=output_channels(label_names, overlapping=overlapping))
         weights = load_file(folder / WEIGHTS_FILE)
         network.load_state_dict({key: value.to(network.state_dict()[key].dtype) for key, value in weights.items()})
-    except (KeyError, TypeError, ValidationError, ConfigError, OSError, RuntimeError, SafetensorError) as error:
+    except (KeyError, TypeError, ValueError, ConfigError, OSError, RuntimeError, SafetensorError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{folder}: the baseline cannot be loaded ({reason}); copy or train it again") from error
     if not all(math.isfinite(float(value.detach().abs().sum())) for value in network.parameters()):
@@ -213,5 +220,6 @@ def load_baseline(
         preprocessing=preprocessing,
         label_names=label_names,
         overlapping=overlapping,
+        presence=presence,
         autocast=autocast_of(precision, place),
     )

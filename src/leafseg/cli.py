@@ -146,6 +146,10 @@ FlipsOption = Annotated[
     FlipsKind | None,
     typer.Option("--flips", help="Average over mirrored copies of each image: 2 calls of the model, with both 4."),
 ]
+KeepUnsureOption = Annotated[
+    bool,
+    typer.Option("--keep-unsure", help="Draw a label wherever it is likelier than not, however unsure (presence.md)."),
+]
 FastOption = Annotated[
     bool, typer.Option("--fast", help="Compute in the arrangement that `leafseg benchmark` stored for this machine.")
 ]
@@ -233,6 +237,7 @@ def evaluate(
     decoder: DecoderOption = PartKind.full,
     encoder: EncoderOption = PartKind.full,
     flips: FlipsOption = None,
+    keep_unsure: KeepUnsureOption = False,
     tolerance: Annotated[
         float, typer.Option(min=0, help="Of the surface Dice: in mm, or in pixels where their size is unknown.")
     ] = 2.0,
@@ -269,6 +274,8 @@ def evaluate(
         decoder=decoder.value,
         encoder=encoder.value,
     )
+    if keep_unsure:
+        segmenter.presence = ()
     shown = FlippedSegmenter(segmenter, flips.value) if flips else segmenter
     part, result = _evaluated(
         shown, model, data, split, split_file=split_file, overrides=overrides, tolerance=tolerance
@@ -276,6 +283,7 @@ def evaluate(
     result.summary.update(precision=precision.value, samples=samples)
     result.summary.update(decoder=decoder.value, encoder=encoder.value)
     result.summary["flips"] = flips.value if flips else None
+    result.summary["presence"] = list(segmenter.presence)
     stored = getattr(segmenter, "precision", None)  # an exported model's own, whatever the option says
     if stored is not None:
         result.summary["precision"] = stored
@@ -441,6 +449,7 @@ def predict(
     decoder: DecoderOption = PartKind.full,
     encoder: EncoderOption = PartKind.full,
     flips: FlipsOption = None,
+    keep_unsure: KeepUnsureOption = False,
     probability: Annotated[bool, typer.Option(help="Also write the probability of each label.")] = False,
     overlay: Annotated[bool, typer.Option(help="Also write the image with the labels' outlines.")] = False,
     contours: Annotated[
@@ -466,6 +475,8 @@ def predict(
         decoder=decoder.value,
         encoder=encoder.value,
     )
+    if keep_unsure:
+        segmenter.presence = ()
     report = predict_files(
         FlippedSegmenter(segmenter, flips.value) if flips else segmenter,
         inputs,

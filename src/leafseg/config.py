@@ -428,6 +428,11 @@ class InferenceSettings(SettingsModel):
         description="trailing: from the last timestep, whatever their number; released: the released code's (the last "
         "one for one step, [800, 600, 400, 200, 0] for five)",
     )
+    presence: Literal["tuned", "none"] = Field(
+        "tuned",
+        description="tuned: a label that is nowhere as sure as a threshold in an image is not drawn there; validations "
+        "choose it where some of their images hold nothing (docs/presence.md); none: drawn wherever likelier than not",
+    )
 
 
 class Settings(SettingsModel):
@@ -748,7 +753,7 @@ _REFERENCE: dict[str, Any] = {
     "teacher": {"name": "facebook/dinov2-with-registers-base"},
     "objective": {"alignment_weight": 0.75, "alignment_reduction": "mean_over_batch"},
     "scheduler": {"beta_schedule": "linear", "clip_sample": True},
-    "inference": {"timesteps": "released"},
+    "inference": {"timesteps": "released", "presence": "none"},
     "training": {
         "steps": 100_000,
         "ema_parts": "unet",

@@ -33,6 +33,9 @@ class EnsembleSegmenter:
         segmenters: at least one; all stay in memory.
         names: of the models, for the error.
 
+    Attributes:
+        presence: the mean of the models' thresholds, for the mean of their probabilities; one without any counts as 0.
+
     Raises:
         CheckpointError: if they differ in labels or preprocessing.
     """
@@ -54,6 +57,9 @@ class EnsembleSegmenter:
                     f"{name}: its preprocessing is another than that of {names[0]} ({'; '.join(changed)}); the models "
                     "of an ensemble share it, leave one out"
                 )
+        thresholds = [segmenter.presence for segmenter in segmenters if segmenter.presence]
+        count = len(self.segmenters)
+        self.presence: tuple[float, ...] = tuple(sum(each) / count for each in zip(*thresholds, strict=True))
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -81,7 +87,7 @@ class EnsembleSegmenter:
                 )
             sums = [total + one for total, one in zip(sums, found, strict=True)] if sums else found
         count = np.float32(len(self.segmenters))
-        return [labelled(total / count, overlapping=self.overlapping) for total in sums]
+        return [labelled(total / count, overlapping=self.overlapping, presence=self.presence) for total in sums]
 
 
 class FlippedSegmenter:
@@ -98,6 +104,7 @@ class FlippedSegmenter:
 
     def __init__(self, segmenter: Segmenter, flips: Flips) -> None:
         self.segmenter, self._mirrors = segmenter, _MIRRORS[flips]
+        self.presence = segmenter.presence
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -123,7 +130,10 @@ class FlippedSegmenter:
             ]
             sums = [total + one for total, one in zip(sums, found, strict=True)] if sums else found
         count = np.float32(len(self._mirrors))
-        return [labelled(np.ascontiguousarray(total / count), overlapping=self.overlapping) for total in sums]
+        return [
+            labelled(np.ascontiguousarray(total / count), overlapping=self.overlapping, presence=self.presence)
+            for total in sums
+        ]
 
 
 Flips = Literal["horizontal", "vertical", "both"]

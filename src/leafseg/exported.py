@@ -35,6 +35,14 @@ class ExportedSegmenter:
         return self.runtime.overlapping
 
     @property
+    def presence(self) -> tuple[float, ...]:
+        return self.runtime.presence
+
+    @presence.setter
+    def presence(self, thresholds: tuple[float, ...]) -> None:
+        self.runtime.presence = thresholds
+
+    @property
     def precision(self) -> str:
         """That of the export: fp32, fp16, bf16 or int8."""
         return self.runtime.folder.precision

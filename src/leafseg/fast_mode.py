@@ -94,7 +94,7 @@ def load_folded(
     if arrangement.threads is not None:
         torch.set_num_threads(arrangement.threads)
     kernels = arrangement.kernels()
-    names = ("preprocessing", "mask_code", "num_inference_steps", "timesteps", "noise", "format_version")
+    names = ("preprocessing", "mask_code", "num_inference_steps", "timesteps", "noise", "presence", "format_version")
     options = {name: index[name] for name in names if name in index}
     try:
         scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")

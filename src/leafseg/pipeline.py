@@ -35,6 +35,7 @@ from leafseg.model.autoencoder import MaskDecoder, decode_pictures, own_memory, 
 from leafseg.model.compact import CompactImageEncoder, CompactMaskDecoder
 from leafseg.model.image_encoder import ImageEncoder
 from leafseg.model.unet import MaskUNet
+from leafseg.presence import without_absent
 from leafseg.runs import BASELINE_FILE, resolve_model
 from leafseg.sampler import ddim_update, inference_timesteps
 from leafseg.tiling import (
@@ -46,7 +47,9 @@ from leafseg.tiling import (
     working_bytes,
 )
 
-FORMAT_VERSION = 2  # the newest that is read; a folder without compact parts is written as 1, and reads as such
+# The newest that is read. A folder is written as the oldest that can say it: 3 may have presence thresholds, 2 compact
+# parts.
+FORMAT_VERSION = 3
 
 # The classes that a model folder may name. Anything else is refused before it is looked at: loading a model never runs
 # code that came with it.
@@ -69,8 +72,9 @@ class LeafOutput(BaseOutput):
 
     Attributes:
         probability: float32 ``[B, C, H, W]`` in 0..1; C = 1 (foreground) for binary models.
-        labels: int64 ``[B, H, W]``; None for overlapping labels.
-        mask: bool ``[B, C, H, W]``.
+        labels: int64 ``[B, H, W]``; None for overlapping labels. A label below its presence threshold is not drawn,
+            whatever the probability says.
+        mask: bool ``[B, C, H, W]``, as the labels.
         spread: float32 ``[B, C, H, W]``, the standard deviation over ``num_samples`` noise draws; None for one draw.
         samples: float32 ``[B, num_samples, C, H, W]``, the probability of each noise draw; only if asked for.
     """
@@ -95,6 +99,8 @@ class LeafPipeline(DiffusionPipeline):
         num_inference_steps: the recommended number of steps.
         timesteps: which timesteps several steps visit, see :func:`leafseg.sampler.inference_timesteps`.
         noise: what the model starts from by default, see ``__call__``.
+        presence: for each foreground label the highest probability that an image must reach somewhere for it to be
+            drawn, see :mod:`leafseg.presence`; None: no such threshold.
         format_version: of this folder layout.
         compact_decoder, compact_encoder: light stand-ins for ``vae`` and ``image_encoder`` (``leafseg compact``).
 
@@ -121,6 +127,7 @@ class LeafPipeline(DiffusionPipeline):
         num_inference_steps: int = 1,
         timesteps: str = "trailing",
         noise: str = "gaussian",
+        presence: list[float] | None = None,
         format_version: int = FORMAT_VERSION,
         compact_decoder: CompactMaskDecoder | None = None,
         compact_encoder: CompactImageEncoder | None = None,
@@ -138,22 +145,40 @@ class LeafPipeline(DiffusionPipeline):
             num_inference_steps=num_inference_steps,
             timesteps=timesteps,
             noise=noise,
+            presence=None if presence is None else [float(threshold) for threshold in presence],
             format_version=format_version,
         )
         self.preprocessor = Preprocessor(PreprocessingSettings.model_validate(preprocessing))
         self.mask_code: MaskCode = make_mask_code(mask_code["name"], tuple(mask_code["label_names"]))
+        # Not under the setting's own name: diffusers takes what has one for a module.
+        self._presence: tuple[float, ...] = tuple(self.config["presence"] or ())
+        labels = len(self.label_names) - self.mask_code.exclusive  # without the background
+        if self._presence and (len(self._presence) != labels or not all(0 <= t <= 1 for t in self._presence)):
+            raise ConfigError(f"presence is {list(self._presence)}; it must be {labels} numbers in 0..1, one a label")
 
     @property
     def label_names(self) -> tuple[str, ...]:
         return self.mask_code.label_names
 
+    @property
+    def presence(self) -> tuple[float, ...]:
+        """The thresholds in use, see :mod:`leafseg.presence`; may be set, to nothing too."""
+        return self._presence
+
+    @presence.setter
+    def presence(self, thresholds: tuple[float, ...]) -> None:
+        self._presence = thresholds
+
     def to_json_string(self) -> str:
-        """The model index; of a model without compact parts, what it was before there were any."""
+        """The model index; of a model without thresholds or compact parts, what it was before there were any."""
         content = json.loads(super().to_json_string())
         for name in COMPACT_PARTS:
             if getattr(self, name) is None:
                 content.pop(name, None)
-        content["format_version"] = 2 if COMPACT_PARTS.keys() & content.keys() else 1
+        if content.get("presence") is None:
+            content.pop("presence", None)
+        thresholds, compact = "presence" in content, COMPACT_PARTS.keys() & content.keys()
+        content["format_version"] = 3 if thresholds else 2 if compact else 1
         return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
     @classmethod
@@ -504,11 +529,18 @@ class LeafPipeline(DiffusionPipeline):
         decoded = self.decode_latent(latent, decoder).float()  # [B*S, P*3, h, w]
         return self.mask_code.probability(decoded).cpu()
 
+    def drawn(self, probability: Tensor) -> Tensor:
+        """Probabilities ``[B, C, H, W]`` of whole images, float32 on the CPU, with 0 for labels that are absent."""
+        if not self.presence:
+            return probability
+        return torch.from_numpy(without_absent(probability.numpy(), self.presence))
+
     def _output(self, probability: Tensor, spread: Tensor | None, samples: Tensor | None) -> LeafOutput:
+        drawn = self.drawn(probability)
         return LeafOutput(
             probability=probability,
-            labels=self.mask_code.labels(probability),
-            mask=self.mask_code.mask(probability),
+            labels=self.mask_code.labels(drawn),
+            mask=self.mask_code.mask(drawn),
             spread=spread,
             samples=samples,
         )

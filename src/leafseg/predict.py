@@ -52,6 +52,7 @@ from leafseg.outputs.dicom_seg import SegmentCodes, require_dicom_packages, writ
 from leafseg.outputs.label_maps import write_pages, write_probability_png, write_tiled_tiff
 from leafseg.outputs.result import Labelled, file_labels
 from leafseg.pipeline import LeafPipeline
+from leafseg.presence import without_absent
 from leafseg.progress import progress_bar
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -88,13 +89,13 @@ class Segmentation:
             object.__setattr__(self, "mask", mask)
 
 
-def labelled(probability: NDArray[np.float32], *, overlapping: bool) -> Segmentation:
-    """The rules of the mask codes (:mod:`leafseg.mask_code`) for a probability ``[C, H, W]``."""
+def labelled(probability: NDArray[np.float32], *, overlapping: bool, presence: Sequence[float] = ()) -> Segmentation:
+    """The rules of the mask codes (:mod:`leafseg.mask_code`) for a probability ``[C, H, W]`` of a whole image."""
+    drawn = without_absent(probability, presence)
     if overlapping:
-        return Segmentation(probability, None)
-    if len(probability) == 1:
-        return Segmentation(probability, (probability[0] > 0.5).astype(np.uint8))
-    return Segmentation(probability, probability.argmax(0).astype(np.uint8))
+        return Segmentation(probability, None, mask=drawn > 0.5)
+    labels = drawn[0] > 0.5 if len(drawn) == 1 else drawn.argmax(0)
+    return Segmentation(probability, labels.astype(np.uint8))
 
 
 class Segmenter(Protocol):
@@ -102,7 +103,13 @@ class Segmenter(Protocol):
 
     Reading belongs to it, because the intensities, the orientation and the slices of a volume are part of what a model
     was trained with.
+
+    Attributes:
+        presence: for each foreground label the least highest probability of an image in which it is drawn, see
+            :mod:`leafseg.presence`; empty: no such thresholds, and so it may be set.
     """
+
+    presence: tuple[float, ...]
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -165,6 +172,14 @@ class PipelineSegmenter:
         return not self.pipeline.mask_code.exclusive
 
     @property
+    def presence(self) -> tuple[float, ...]:
+        return self.pipeline.presence
+
+    @presence.setter
+    def presence(self, thresholds: tuple[float, ...]) -> None:
+        self.pipeline.presence = thresholds
+
+    @property
     def preprocessing(self) -> PreprocessingSettings:
         return self.pipeline.preprocessor.settings
 
@@ -199,6 +214,8 @@ class PipelineSegmenter:
         self, path: Path, frame: int | None = None, *, folder: Path
     ) -> Iterator[tuple[tuple[int, int], Callable[[slice, slice], Segmentation]]]:
         """A TIFF beyond memory, see :meth:`leafseg.pipeline.LeafPipeline.segment_large`.
+
+        Thresholds of presence are left out: whether a label is anywhere is known after the last piece.
 
         Yields:
             (height, width), and a reader: (rows, columns) as slices to that part of the result.

@@ -441,6 +441,7 @@ class _Drawn:
 
     overlapping = True
     label_names = ("a", "b")
+    presence = ()
 
     def segment(self, images: list[np.ndarray]) -> list[Segmentation]:
         return [Segmentation(image.astype(np.float32), None, None, image) for image in images]

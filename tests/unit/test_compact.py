@@ -221,7 +221,7 @@ def test_compact_parts_are_saved_loaded_and_saved_again(tiny_pipeline: LeafPipel
         ),
         (lambda f, i: next((f / "compact_encoder").glob("*.safetensors")).unlink(), "no safetensors weights"),
         (lambda f, i: i.update(compact_third=["leafseg", "CompactMaskDecoder"]), "unknown components compact_third"),
-        (lambda f, i: i.update(format_version=3), "format version 3"),
+        (lambda f, i: i.update(format_version=4), "format version 4"),
     ],
 )
 def test_a_damaged_compact_part_is_refused(

@@ -30,6 +30,7 @@ class Says:
     label_names: tuple[str, ...] = ("background", "foreground")
     overlapping: bool = False
     preprocessing: PreprocessingSettings = field(default_factory=PreprocessingSettings)
+    presence: tuple[float, ...] = ()
 
     def read(self, path: Path, frame: int | None = None) -> NDArray[Any]:
         return np.full((2, 3), frame or 0, np.uint8)
@@ -154,6 +155,7 @@ class Brightness:
     """Says how bright a pixel is, half as much right of the middle: not what its mirror image would say."""
 
     label_names, overlapping, preprocessing = ("background", "foreground"), False, PreprocessingSettings()
+    presence = ()
 
     def read(self, path: Path, frame: int | None = None) -> np.ndarray:
         raise NotImplementedError

@@ -440,7 +440,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "foreign code": (edit_index(lambda i: i.update(unet=["os", "system"])), "only leafseg.MaskUNet is loaded"),
     "code beside it": (edit_index(lambda i: i.update(extra=["evil", "Code"])), "unknown components extra"),
     "missing component": (edit_index(lambda i: i.pop("vae")), "component vae is missing"),
-    "newer format": (edit_index(lambda i: i.update(format_version=3)), "format version 3; .* upgrade it"),
+    "newer format": (edit_index(lambda i: i.update(format_version=4)), "format version 4; .* upgrade it"),
     "odd format": (edit_index(lambda i: i.update(format_version="x")), "not a readable model index"),
     "unknown mask code": (edit_index(lambda i: i["mask_code"].update(name="x")), "'x'; known are binary"),
     "no mask code": (edit_index(lambda i: i.update(mask_code={})), "cannot be loaded"),

@@ -73,6 +73,7 @@ class EvaluationRow:
         name, sha256: of the sample.
         empty: whether the truth is.
         truth_pixels, predicted_pixels, common_pixels: areas, without ignored pixels.
+        peak: the highest probability of the class in the image, in 0..1.
         pixels: of the image, without ignored ones.
         group: names the sample's group by a short hash of the group's contents; empty if it has none.
         volume: the file whose frame this is; empty for a flat image.
@@ -99,6 +100,7 @@ class EvaluationRow:
     assd: float | None = None
     nsd: float | None = None
     unit: str = ""
+    peak: float | None = None
 
     @property
     def missed(self) -> bool:
@@ -402,6 +404,7 @@ def _rows(
             assd=values.get("assd"),
             nsd=values.get("nsd"),
             unit=unit,
+            peak=float(compared.probability[index].max()),
         )
 
 

@@ -447,7 +447,7 @@ def _segment_and_compare(
             if output.samples is None:
                 raise ValueError("the pipeline returned no samples")
             probability = output.samples[0]  # [S, 1, H, W]
-            yield probability[:, 0], pipeline.mask_code.mask(probability)[:, 0]
+            yield probability[:, 0], pipeline.mask_code.mask(pipeline.drawn(probability))[:, 0]
 
     try:
         return draw_statistics(draws(), truth)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _PRECISIONS = {
@@ -36,6 +36,7 @@ def model_card(content: Mapping[str, Any]) -> str:
         + (f", calibrated on {content['calibration_images']} images" if precision == "int8" else ""),
         f"- Labels: {', '.join(labels['names'])} (mask code {labels['mask_code']}"
         f"{', may overlap' if labels['overlapping'] else ''})",
+        *_thresholds(labels.get("presence", [])),
         f"- Prediction: {content['prediction_type']} at timestep {content['timestep']}; "
         f"{_STARTS[content['noise']['kind']]}, so that the same image gives the same mask",
         f"- Made with {', '.join(f'{name} {number}' for name, number in content['versions'].items())}",
@@ -75,6 +76,13 @@ def model_card(content: Mapping[str, Any]) -> str:
         "With the whole of leafseg: `leafseg predict THIS_FOLDER IMAGES --out MASKS`, and `leafseg evaluate`.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _thresholds(presence: Sequence[float]) -> list[str]:
+    if not presence:
+        return []
+    each = ", ".join(f"{threshold:g}" for threshold in presence)
+    return [f"- A label is drawn only in images where its probability reaches a threshold somewhere: {each}"]
 
 
 def _light_parts(parts: Mapping[str, str]) -> list[str]:

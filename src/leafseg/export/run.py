@@ -301,7 +301,7 @@ def _content(
     schedule = pipeline.scheduler.config
     packages = {"onnx": ("onnx", "onnxruntime"), "openvino": ("openvino", *(("nncf",) if precision == "int8" else ()))}
     return {
-        "format_version": EXPORT_FORMAT_VERSION,
+        "format_version": EXPORT_FORMAT_VERSION if pipeline.presence else 1,
         "backend": to,
         "precision": precision,
         "labels": {
@@ -309,6 +309,7 @@ def _content(
             "mask_code": code.name,
             "overlapping": not code.exclusive,
             "channels": code.n_outputs,
+            **({"presence": list(pipeline.presence)} if pipeline.presence else {}),
         },
         "latent": {"channels": channels, "stride": settings.size[0] // rows},
         "noise": {

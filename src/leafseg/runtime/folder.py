@@ -21,7 +21,7 @@ from leafseg.errors import CheckpointError, DataError
 from leafseg.files import read_json
 from leafseg.runs import EXPORT_FILE
 
-EXPORT_FORMAT_VERSION = 1
+EXPORT_FORMAT_VERSION = 2  # the newest that is read; without presence thresholds a folder is written as 1
 PREPROCESSING_FILE = "preprocessing.json"
 GRAPH_FILES: Mapping[str, tuple[str, ...]] = {"onnx": ("model.onnx",), "openvino": ("model.xml", "model.bin")}
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -106,6 +106,7 @@ class ExportedFolder:
         label_names: of the classes, background first; of overlapping labels one a channel.
         overlapping: whether a pixel may have several labels.
         channels: C of the probability.
+        presence: for each foreground label the least highest probability of an image in which it is drawn; or empty.
         latent_channels, latent_stride: shape of the noise, ``[latent_channels, h / latent_stride, w / latent_stride]``.
         noise: what it starts from by default, ``gaussian`` or ``zeros``.
         noise_seed: of the keyed draws.
@@ -119,6 +120,7 @@ class ExportedFolder:
     label_names: tuple[str, ...]
     overlapping: bool
     channels: int
+    presence: tuple[float, ...]
     latent_channels: int
     latent_stride: int
     noise: str
@@ -169,6 +171,10 @@ def _parsed(path: Path, content: Mapping[str, Any]) -> ExportedFolder:
     allowed = {len(names), 1} if overlapping is False and len(names) == 2 else {len(names)}
     if not isinstance(overlapping, bool) or channels not in allowed:
         raise ValueError(f"{len(names)} labels and {channels!r} channels do not go together")
+    presence = labels.get("presence", [])
+    foreground = len(names) - (not overlapping)
+    if len(presence) not in (0, foreground) or not all(_is_number(t, float) and 0 <= t <= 1 for t in presence):
+        raise ValueError(f"presence is {presence!r}; it must be {foreground} numbers in 0..1")
     counts = (latent["channels"], latent["stride"], content["noise"]["seed"])
     if not all(_is_number(count, int) for count in counts) or latent["channels"] < 1 or latent["stride"] < 1:
         raise ValueError(f"latent channels, stride and noise seed are {counts}")
@@ -183,6 +189,7 @@ def _parsed(path: Path, content: Mapping[str, Any]) -> ExportedFolder:
         label_names=tuple(names),
         overlapping=overlapping,
         channels=channels,
+        presence=tuple(presence),
         latent_channels=latent["channels"],
         latent_stride=latent["stride"],
         noise=noise,

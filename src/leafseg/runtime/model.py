@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leafseg.data.pixels import PixelPreprocessor, draw_noise, noise_position
+from leafseg.presence import without_absent
 from leafseg.runtime.backends import Graph, open_graph
 from leafseg.runtime.folder import ExportedFolder, StoredPreprocessing, read_folder
 
@@ -21,7 +22,8 @@ class Result(NamedTuple):
     Attributes:
         probability: float32 ``[C, H, W]`` in 0..1; C = 1 (foreground) for binary models.
         labels: uint8 ``[H, W]``, class ids; None for overlapping labels.
-        mask: bool ``[C, H, W]``, where each channel is present.
+        mask: bool ``[C, H, W]``, where each channel is present. A label that is nowhere as sure as its threshold is
+            not drawn, see :mod:`leafseg.presence`.
         spread: float32 ``[C, H, W]``, the standard deviation over noise draws; None for one draw.
     """
 
@@ -36,11 +38,15 @@ class Runtime:
 
     The result is that of :class:`leafseg.LeafPipeline`: preprocessing is the same code, noise is keyed by the same
     content, and the graph computes what the modules compute, up to rounding.
+
+    Attributes:
+        presence: thresholds of the foreground labels; an empty tuple draws them wherever they are likelier than not.
     """
 
     def __init__(self, folder: ExportedFolder, graph: Graph) -> None:
         self.folder = folder
         self.preprocessor = PixelPreprocessor(folder.preprocessing)
+        self.presence = folder.presence
         self._graph = graph
 
     @property
@@ -125,10 +131,11 @@ class Runtime:
 
     def _labelled(self, probability: NDArray[np.float32], spread: NDArray[np.float32] | None) -> Result:
         """The rules of the mask codes (:mod:`leafseg.mask_code`)."""
+        drawn = without_absent(probability, self.presence)
         if self.overlapping or len(probability) == 1:
-            mask = probability > 0.5
+            mask = drawn > 0.5
             return Result(probability, None if self.overlapping else mask[0].astype(np.uint8), mask, spread)
-        labels = probability.argmax(0).astype(np.uint8)
+        labels = drawn.argmax(0).astype(np.uint8)
         return Result(probability, labels, labels[None] == np.arange(len(probability))[:, None, None], spread)
 
 

@@ -231,7 +231,7 @@ class LeafTask(SegmentationTask):
         """The training samples without augmentation."""
         return SegmentationDataset(self._train, self.preprocessor, augmentation=None, seed=0, cache_mb=0)
 
-    def loss(self, forward: nn.Module, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    def _loss(self, forward: nn.Module, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
         goal = self.settings.objective
         images = (batch["image"] * 2 - 1).to(memory_format=torch.channels_last)
         labels, known = self._known_labels(batch)  # something must be drawn where nobody labelled: background
@@ -352,7 +352,10 @@ class LeafTask(SegmentationTask):
         return moved
 
     def pipeline(self) -> LeafPipeline:
-        """The inference model over the modules as they are now; nothing is copied."""
+        """The inference model over the modules as they are now; nothing is copied.
+
+        Thresholds of presence are those of a validation since the last step, if there was one.
+        """
         return LeafPipeline(
             unet=self.parts.unet,
             vae=self.parts.autoencoder,
@@ -363,12 +366,14 @@ class LeafTask(SegmentationTask):
             num_inference_steps=self.settings.inference.num_inference_steps,
             timesteps=self.settings.inference.timesteps,
             noise=self.settings.objective.terminal_noise,
+            presence=list(self._presence) or None,
         )
 
     def segmenter(self) -> PipelineSegmenter:
         pipeline = self.pipeline()
         if self.settings.training.validation_resolution == "input":
             pipeline = input_grid_pipeline(pipeline)
+        pipeline.presence = ()  # a validation chooses thresholds from what is drawn without them
         return PipelineSegmenter(pipeline, autocast=self._autocast)
 
     def save_inference(self, folder: Path, *, earlier: Path | None = None) -> None:

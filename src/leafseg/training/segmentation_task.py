@@ -20,6 +20,7 @@ from leafseg.data.transforms import Preprocessor
 from leafseg.errors import DataError
 from leafseg.evaluation.evaluate import evaluate_samples, selection_score
 from leafseg.predict import Segmenter
+from leafseg.presence import tuned_presence
 from leafseg.runs import PIPELINE_FOLDER
 from leafseg.training.task import Autocast, Validation
 
@@ -74,6 +75,7 @@ class SegmentationTask(ABC):
         )
         self._autocast: Autocast | None = None
         self._device = torch.device("cpu")
+        self._presence: tuple[float, ...] = ()  # of the weights as they are, once validated
 
     def _chosen(self, train: Manifest) -> Manifest:
         """At most ``data.train_samples`` of the samples, in their order; the same images whatever they are called."""
@@ -113,9 +115,14 @@ class SegmentationTask(ABC):
         """Do what is done once for each of these training samples; returns for how many it was still to do."""
         return 0
 
-    @abstractmethod
     def loss(self, forward: nn.Module, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
         """See :class:`leafseg.training.task.TrainingTask`."""
+        self._presence = ()  # the weights change after it
+        return self._loss(forward, batch, seed)
+
+    @abstractmethod
+    def _loss(self, forward: nn.Module, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+        """What ``loss`` gives."""
 
     @abstractmethod
     def save_inference(self, folder: Path, *, earlier: Path | None = None) -> None:
@@ -142,6 +149,9 @@ class SegmentationTask(ABC):
         return [row.as_dict() for row in rows]
 
     def summarise(self, rows: list[Mapping[str, Any]]) -> Validation:
+        # With tiles a label's highest probability is known after the last tile of an image that fits no memory.
+        if self.settings.inference.presence == "tuned" and self.settings.data.preprocessing.fit != "tile":
+            self._presence = tuned_presence(rows)
         dice = [row["dice"] for row in rows if row["dice"] is not None]
         empty = [float(row["predicted_pixels"] > 0) for row in rows if row["empty"]]
         metrics = {"dice": float(np.mean(dice)) if dice else 0.0}

@@ -35,7 +35,7 @@ class UNetTask(SegmentationTask):
     def trained_parts(self) -> dict[str, nn.Module]:
         return {self.settings.model.baseline.network: self.module}
 
-    def loss(self, forward: nn.Module, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    def _loss(self, forward: nn.Module, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
         images = (batch["image"] * 2 - 1).to(memory_format=torch.channels_last)
         labels, known = self._known_labels(batch)
         logits = forward(images).float()
@@ -61,5 +61,6 @@ class UNetTask(SegmentationTask):
             preprocessing=self.settings.data.preprocessing,
             label_names=self.label_map.names,
             overlapping=self.label_map.overlapping,
+            presence=self._presence,
             dtype=self.settings.training.inference_dtype,
         )

@@ -1,0 +1,69 @@
+"""Whether a label is in an image at all: a model that is nowhere sure of it should not draw it.
+
+Above one half somewhere is little evidence: on images with nothing to find, networks hedge, and the mean of "nothing"
+and a guessed outline passes one half in places. Real objects are met with near certainty at least at their middle. So
+each label gets a threshold for its highest probability in the image, chosen on the validation part from figures that a
+validation computes anyway. NumPy alone, since exported models obey it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_CANDIDATES = tuple(round(0.55 + 0.05 * step, 2) for step in range(9))  # 0.55 to 0.95
+
+
+def without_absent(probability: NDArray[np.float32], presence: Sequence[float]) -> NDArray[np.float32]:
+    """The probabilities that labels are drawn from: 0 for a label that stays below its threshold in the whole image.
+
+    Args:
+        probability: ``[..., C, H, W]`` in 0..1 of whole images.
+        presence: a threshold for each of the last channels, the foreground labels; none: nothing changes.
+
+    Returns:
+        The same array if nothing is absent, else a copy.
+    """
+    if not any(presence):
+        return probability
+    first = probability.shape[-3] - len(presence)
+    absent = probability[..., first:, :, :].max((-2, -1)) < np.asarray(presence, np.float32)
+    if not absent.any():
+        return probability
+    drawn = probability.copy()
+    drawn[..., first:, :, :][absent] = 0.0
+    return drawn
+
+
+def tuned_presence(rows: Sequence[Mapping[str, Any]]) -> tuple[float, ...]:
+    """Thresholds, one a label in the order of the rows, that serve the validation part best; none if none helps.
+
+    Served is the score that also chooses checkpoints: the mean over images of the Dice, where an empty truth counts 1
+    if nothing is drawn. A label that was never absent, or never present, keeps 0: nothing says what absence looks like.
+    The least of equally good thresholds is taken.
+
+    Args:
+        rows: ``label``, ``empty``, ``dice``, ``predicted_pixels`` and ``peak`` (the highest probability) of each image
+            and label, made without any threshold.
+    """
+    found = tuple(
+        _threshold([row for row in rows if row["label"] == label]) for label in dict.fromkeys(r["label"] for r in rows)
+    )
+    return found if any(found) else ()
+
+
+def _threshold(rows: Sequence[Mapping[str, Any]]) -> float:
+    empty = np.array([row["empty"] for row in rows], bool)
+    if empty.all() or not empty.any():
+        return 0.0
+    peaks = np.array([row["peak"] for row in rows], np.float32)
+    drawn = np.array([float(row["predicted_pixels"] == 0) if row["empty"] else row["dice"] for row in rows])
+
+    def score(threshold: float) -> float:
+        return float(np.where(peaks < np.float32(threshold), empty.astype(float), drawn).mean())
+
+    best = max(score(threshold) for threshold in (0.0, *_CANDIDATES))
+    return next(threshold for threshold in (0.0, *_CANDIDATES) if score(threshold) == best)
