@@ -112,9 +112,14 @@ def run(
     began = time.time()
     part = load_manifest(data, settings=settings.data, run_split=folder / "split.csv").part(unit["part"])
     evaluations = {}
-    wanted = [(str(steps), steps, None) for steps in unit["inference_steps"]]
-    for name, steps, mirrored in [*wanted, *([("flips", unit["inference_steps"][0], flips)] if flips else [])]:
+    first = unit["inference_steps"][0]
+    presence = load_single(str(folder)).presence
+    wanted = [(str(steps), steps, None, presence) for steps in unit["inference_steps"]]
+    wanted += [("flips", first, flips, presence)] if flips else []
+    wanted += [("keep unsure", first, None, ())] if presence else []
+    for name, steps, mirrored, thresholds in wanted:
         segmenter = load_single(str(folder), num_inference_steps=steps)
+        segmenter.presence = thresholds
         found = evaluate(FlippedSegmenter(segmenter, mirrored) if mirrored else segmenter, part)
         evaluations[name] = {
             "classes": found.summary["classes"],
@@ -140,6 +145,7 @@ def run(
         "commit": _commit(),
         "versions": library_versions(),
         "hardware": f"{hardware()}, {os.cpu_count()} cores",
+        "presence": list(presence),
         "evaluations": evaluations,
     }
     shutil.rmtree(folder)

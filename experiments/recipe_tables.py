@@ -137,12 +137,33 @@ def section(plan: dict[str, Any], records: list[dict[str, Any]]) -> list[str]:
                 rows.append([data, text(bootstrap_seeds_and_images(gain), signed=True)])
         lines += [f"{name}, averaged over mirrored images ({flips}) against the plain image:", ""]
         lines += table(["data", "Dice gained"], rows or [["all", NOT_RUN]])
+    if plan.get("presence"):
+        lines += ["With the thresholds, and with `--keep-unsure`:", "", *presence_table(plan, mine)]
     for one, other in plan.get("pooled", []):
         gains = [gain for d in plan["data"] if (gain := paired(mine[one, d], mine[other, d])) is not None]
         fewest = min((len(gain) for gain in gains), default=0)
         shared = f" ({fewest} seeds)" if 0 < fewest < len(plan["seeds"]) else ""
         lines += [f"Over the sets, {one} minus {other}{shared}: {pooled(gains, len(plan['data']))}.", ""]
     return lines
+
+
+def presence_table(plan: dict[str, Any], mine: dict[tuple[str, str], list[dict[str, Any]]]) -> list[str]:
+    """Each training's thresholds and what they change; a training without any is a row of its own."""
+    rows = []
+    for name in plan["order"]:
+        for data in plan["data"]:
+            for record in mine[name, data]:
+                used, plain = (record["evaluations"].get(k, record["evaluations"]["1"]) for k in ("1", "keep unsure"))
+                dice = [float(np.mean(list(images_of({"evaluations": {"1": one}}).values()))) for one in (used, plain)]
+                missed = [sum(c["missed"] for c in one["classes"].values()) for one in (used, plain)]
+                empty = used["empty"]
+                rows.append([
+                    name, data, str(record["seed"]), ", ".join(f"{t:g}" for t in record["presence"]) or "none",
+                    *(f"{one['false_positives']} of {empty}" for one in (used, plain)),
+                    *map(str, missed), *(f"{d:.4f}" for d in dice),
+                ])  # fmt: skip
+    head = ["variant", "data", "seed", "threshold", "found in empty", "kept", "missed", "kept", "Dice", "kept"]
+    return table(head, rows or [["all", *[NOT_RUN] * (len(head) - 1)]])
 
 
 def pooled(gains: list[np.ndarray], wanted: int) -> str:
