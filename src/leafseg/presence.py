@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+_LEAST = 3  # images with and without a label, before anything is concluded
 _CANDIDATES = tuple(round(0.55 + 0.05 * step, 2) for step in range(9))  # 0.55 to 0.95
 
 
@@ -42,8 +43,8 @@ def tuned_presence(rows: Sequence[Mapping[str, Any]]) -> tuple[float, ...]:
     """Thresholds, one a label in the order of the rows, that serve the validation part best; none if none helps.
 
     Served is the score that also chooses checkpoints: the mean over images of the Dice, where an empty truth counts 1
-    if nothing is drawn. A label that was never absent, or never present, keeps 0: nothing says what absence looks like.
-    The least of equally good thresholds is taken.
+    if nothing is drawn. A label with fewer than three images without it, or with it, keeps 0: they say too little of
+    what absence looks like. The least of equally good thresholds is taken.
 
     Args:
         rows: ``label``, ``empty``, ``dice``, ``predicted_pixels`` and ``peak`` (the highest probability) of each image
@@ -57,7 +58,7 @@ def tuned_presence(rows: Sequence[Mapping[str, Any]]) -> tuple[float, ...]:
 
 def _threshold(rows: Sequence[Mapping[str, Any]]) -> float:
     empty = np.array([row["empty"] for row in rows], bool)
-    if empty.all() or not empty.any():
+    if min(empty.sum(), (~empty).sum()) < _LEAST:
         return 0.0
     peaks = np.array([row["peak"] for row in rows], np.float32)
     drawn = np.array([float(row["predicted_pixels"] == 0) if row["empty"] else row["dice"] for row in rows])

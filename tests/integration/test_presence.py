@@ -22,7 +22,7 @@ from leafseg.training.leaf_task import LeafTask
 from leafseg.training.unet_task import UNetTask
 
 Cli = Callable[..., Any]
-ROWS = [
+ROWS = 3 * [
     {"label": "foreground", "empty": True, "dice": None, "predicted_pixels": 9, "peak": 0.62},
     {"label": "foreground", "empty": False, "dice": 0.9, "predicted_pixels": 9, "peak": 0.98},
 ]

@@ -75,21 +75,25 @@ def test_a_threshold_between_hedged_guesses_and_real_objects_is_found() -> None:
 
 
 def test_an_object_below_it_costs_its_dice() -> None:
-    faint = [row(0.72, empty=True), row(0.6, dice=0.9), row(0.99)]
+    others = [row(0.2, empty=True), row(0.3, empty=True), row(0.99), row(0.98)]
+    faint = [*others, row(0.72, empty=True), row(0.6, dice=0.9)]
     assert tuned_presence(faint) == (0.75,)  # one empty image is worth more than a Dice of 0.9
     assert tuned_presence([*faint, row(0.65, dice=0.9)]) == ()  # not more than two of them
-    assert tuned_presence([row(0.72, empty=True), row(0.6, dice=1.0), row(0.99)]) == (), "equal: nothing is dropped"
+    assert tuned_presence([*others, row(0.72, empty=True), row(0.6, dice=1.0)]) == (), "equal: nothing is dropped"
 
 
-def test_without_empty_images_or_with_no_others_there_is_none() -> None:
-    assert tuned_presence([row(0.6), row(0.7)]) == ()
-    assert tuned_presence([row(0.6, empty=True), row(0.7, empty=True)]) == ()
-    assert tuned_presence([row(0.3, empty=True), row(0.9)]) == ()  # nothing was drawn by mistake
+def test_with_few_images_of_either_kind_there_is_none() -> None:
+    empty, present = [row(0.6, empty=True)] * 9, [row(0.9)] * 9
+    for few in range(3):
+        assert tuned_presence([*empty[:few], *present]) == ()
+        assert tuned_presence([*empty, *present[:few]]) == ()
+    assert tuned_presence([*empty[:3], *present[:3]]) == (0.65,)
+    assert tuned_presence([*[row(0.3, empty=True)] * 3, *present]) == ()  # nothing was drawn by mistake
     assert tuned_presence([]) == ()
 
 
 def test_each_label_has_its_own() -> None:
-    rows = [row(0.6, empty=True), row(0.9), row(0.8, label="cyst"), row(0.9, label="cyst")]
+    rows = 3 * [row(0.6, empty=True), row(0.9), row(0.8, label="cyst"), row(0.9, label="cyst")]
     assert tuned_presence(rows) == (0.65, 0.0)
 
 
