@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+_ROUNDING = 1e-6  # of a sum of Dice: one image is one image
 _LEAST = 3  # images with and without a label, before anything is concluded
 _CANDIDATES = tuple(round(0.55 + 0.05 * step, 2) for step in range(9))  # 0.55 to 0.95
 
@@ -43,10 +44,9 @@ def tuned_presence(rows: Sequence[Mapping[str, Any]]) -> tuple[float, ...]:
     """Thresholds, one a label in the order of the rows, that serve the validation part; none if none helps.
 
     Served is the score that also chooses checkpoints: the sum over images of the Dice, where an empty truth counts 1 if
-    nothing is drawn. Of the candidates, no threshold among them, the least is taken that is within one image of the
-    best: a part of some dozens of images tells no finer differences, and a threshold that is too high hides objects.
-    A label with fewer than three images without it, or with it, keeps 0: they say too little of what absence looks
-    like.
+    nothing is drawn. Of the candidates, no threshold among them, the least is taken that is less than one image short
+    of the best: some dozens of images tell no finer differences, and a threshold that is too high hides objects. A
+    label with fewer than three images without it, or with it, keeps 0: they say too little of what absence looks like.
 
     Args:
         rows: ``label``, ``empty``, ``dice``, ``predicted_pixels`` and ``peak`` (the highest probability) of each image
@@ -69,4 +69,4 @@ def _threshold(rows: Sequence[Mapping[str, Any]]) -> float:
         return float(np.where(peaks < np.float32(threshold), empty.astype(float), drawn).sum())
 
     scores = {threshold: score(threshold) for threshold in (0.0, *_CANDIDATES)}
-    return next(threshold for threshold, reached in scores.items() if reached >= max(scores.values()) - 1.0)
+    return next(threshold for threshold, reached in scores.items() if reached > max(scores.values()) - 1.0 + _ROUNDING)
