@@ -148,7 +148,7 @@ FlipsOption = Annotated[
 ]
 KeepUnsureOption = Annotated[
     bool,
-    typer.Option("--keep-unsure", help="Draw a label wherever it is likelier than not, however unsure (presence.md)."),
+    typer.Option("--keep-unsure", help="Draw what the model is nowhere sure of too (docs/presence.md)."),
 ]
 FastOption = Annotated[
     bool, typer.Option("--fast", help="Compute in the arrangement that `leafseg benchmark` stored for this machine.")
@@ -283,7 +283,6 @@ def evaluate(
     result.summary.update(precision=precision.value, samples=samples)
     result.summary.update(decoder=decoder.value, encoder=encoder.value)
     result.summary["flips"] = flips.value if flips else None
-    result.summary["presence"] = list(segmenter.presence)
     stored = getattr(segmenter, "precision", None)  # an exported model's own, whatever the option says
     if stored is not None:
         result.summary["precision"] = stored
@@ -356,6 +355,7 @@ def _evaluated(
     part = _part_of(segmenter, model, data, split, split_file=split_file, overrides=overrides)
     result = run_evaluation(segmenter, part, tolerance=tolerance)
     result.summary.update(
+        presence=list(segmenter.presence),
         model=model, model_sha256=model_sha256(model), data=data.resolve().name, part=split.value,
         preprocessing=segmenter.preprocessing.model_dump(mode="json"),
         versions={name: version(name) for name in ("leafseg", "monai", "scipy")} | library_versions(),

@@ -431,7 +431,7 @@ class InferenceSettings(SettingsModel):
     presence: Literal["tuned", "none"] = Field(
         "tuned",
         description="tuned: a label that is nowhere as sure as a threshold in an image is not drawn there; validations "
-        "choose it where some of their images hold nothing (docs/presence.md); none: drawn wherever likelier than not",
+        "choose it where some of their images hold nothing (docs/presence.md); none: drawn by the usual rule",
     )
 
 

@@ -1,7 +1,8 @@
 """Cross-validation: one model a fold, figures of images that their model never saw, and the folds' ensemble.
 
 Nothing is chosen on a held-out fold: of each run the last checkpoint counts, not the one with the best validation
-score, so that the out-of-fold figures are no better than the models are. The test part, if there is one, is seen by no
+score, and held-out images are drawn without thresholds of presence, which a run's validation chose on just these; so
+that the out-of-fold figures are no better than the models are. The test part, if there is one, is seen by no
 fold; the ensemble of all folds is measured on it.
 """
 
@@ -36,6 +37,7 @@ _FREE: dict[str, Any] = {
     "training": {"steps", "minutes", "save_every", "micro_batch_size", "gradient_checkpointing", "latent_cache_mb"},
     "data": {"workers", "cache_mb"},
     "teacher": {"cache_dir", "cache_mb"},
+    "inference": {"presence"},
 }
 
 
@@ -161,8 +163,8 @@ def run_crossval(
         summary, rows, volumes = _measured(
             run / "evaluation-held-out",
             held_out,
-            {"models": [model_sha256(str(checkpoint))], "inference_steps": inference_steps},
-            partial(load_single, str(checkpoint), num_inference_steps=inference_steps),
+            {"models": [model_sha256(str(checkpoint))], "inference_steps": inference_steps, "presence": []},
+            partial(_without_thresholds, checkpoint, inference_steps),
         )
         folds.append(Fold(number, steps, checkpoint, len(held_out), summary, rows, volumes))
         if settings.training.steps is None:
@@ -210,6 +212,12 @@ def run_crossval(
         },
     )
     return CrossvalResult(tuple(folds), len(numbers), out_of_fold, test)
+
+
+def _without_thresholds(checkpoint: Path, inference_steps: int | None) -> Segmenter:
+    segmenter = load_single(str(checkpoint), num_inference_steps=inference_steps)
+    segmenter.presence = ()
+    return segmenter
 
 
 def _manifest(settings: Settings, data: Path, out: Path, split_file: Path | None) -> Manifest:

@@ -145,16 +145,12 @@ class LeafPipeline(DiffusionPipeline):
             num_inference_steps=num_inference_steps,
             timesteps=timesteps,
             noise=noise,
-            presence=None if presence is None else [float(threshold) for threshold in presence],
+            presence=None,
             format_version=format_version,
         )
         self.preprocessor = Preprocessor(PreprocessingSettings.model_validate(preprocessing))
         self.mask_code: MaskCode = make_mask_code(mask_code["name"], tuple(mask_code["label_names"]))
-        # Not under the setting's own name: diffusers takes what has one for a module.
-        self._presence: tuple[float, ...] = tuple(self.config["presence"] or ())
-        labels = len(self.label_names) - self.mask_code.exclusive  # without the background
-        if self._presence and (len(self._presence) != labels or not all(0 <= t <= 1 for t in self._presence)):
-            raise ConfigError(f"presence is {list(self._presence)}; it must be {labels} numbers in 0..1, one a label")
+        self.presence = tuple(presence or ())
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -162,12 +158,19 @@ class LeafPipeline(DiffusionPipeline):
 
     @property
     def presence(self) -> tuple[float, ...]:
-        """The thresholds in use, see :mod:`leafseg.presence`; may be set, to nothing too."""
-        return self._presence
+        """The thresholds in use, see :mod:`leafseg.presence`; may be set, to nothing too, and are saved as they are.
+
+        Raises:
+            ConfigError: for thresholds that are no number in 0..1 a foreground label.
+        """
+        return tuple(self.config["presence"] or ())
 
     @presence.setter
-    def presence(self, thresholds: tuple[float, ...]) -> None:
-        self._presence = thresholds
+    def presence(self, thresholds: Sequence[float]) -> None:
+        labels = len(self.label_names) - self.mask_code.exclusive  # without the background
+        if thresholds and (len(thresholds) != labels or not all(0 <= threshold <= 1 for threshold in thresholds)):
+            raise ConfigError(f"presence is {list(thresholds)}; it must be {labels} numbers in 0..1, one a label")
+        self.register_to_config(presence=[float(threshold) for threshold in thresholds] or None)
 
     def to_json_string(self) -> str:
         """The model index; of a model without thresholds or compact parts, what it was before there were any."""

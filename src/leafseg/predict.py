@@ -481,6 +481,7 @@ def _predict_listed(
             {
                 "model": model_name,
                 "label_names": list(segmenter.label_names),
+                "presence": list(segmenter.presence),
                 "written": report.written,
                 "failed": report.failed,
                 "figures": report.figures,

@@ -20,11 +20,14 @@ _CANDIDATES = tuple(round(0.55 + 0.05 * step, 2) for step in range(9))  # 0.55 t
 
 
 def without_absent(probability: NDArray[np.float32], presence: Sequence[float]) -> NDArray[np.float32]:
-    """The probabilities that labels are drawn from: 0 for a label that stays below its threshold in the whole image.
+    """The probabilities that labels are drawn from, without the labels that stay below their threshold in an image.
+
+    Where such a label would have been drawn, there is then none: the background, not the next likely class.
 
     Args:
         probability: ``[..., C, H, W]`` in 0..1 of whole images.
-        presence: a threshold for each of the last channels, the foreground labels; none: nothing changes.
+        presence: a threshold for each of the last channels, the foreground labels; none: nothing changes. A channel
+            more is the background of classes that exclude each other.
 
     Returns:
         The same array if nothing is absent, else a copy.
@@ -36,7 +39,13 @@ def without_absent(probability: NDArray[np.float32], presence: Sequence[float]) 
     if not absent.any():
         return probability
     drawn = probability.copy()
-    drawn[..., first:, :, :][absent] = 0.0
+    if first == 0:
+        drawn[absent] = 0.0
+        return drawn
+    # Not the absent class alone: what it would have covered belongs to no other.
+    nowhere = np.concatenate([np.zeros_like(absent[..., :1]), absent], -1)  # [..., C]
+    of_absent = np.take_along_axis(nowhere[..., None, None], probability.argmax(-3)[..., None, :, :], -3)
+    drawn[..., 1:, :, :][np.broadcast_to(of_absent, drawn[..., 1:, :, :].shape)] = 0.0
     return drawn
 
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from leafseg.baseline import load_baseline
-from leafseg.config import Settings, override_settings
+from leafseg.config import DataSettings, Settings, override_settings
+from leafseg.crossval import run_crossval, store_new_split
 from leafseg.data.images import write_png
 from leafseg.data.manifest import load_manifest
 from leafseg.pipeline import LeafPipeline
 from leafseg.predict import load_segmenter
+from leafseg.runs import best_checkpoint, checkpoint_folder, checkpoint_steps
 from leafseg.training.leaf_task import LeafTask
 from leafseg.training.unet_task import UNetTask
 
@@ -42,19 +46,17 @@ def test_a_validation_chooses_them_and_the_next_step_forgets_them(
     assert task.segmenter().presence == (), "a validation draws without thresholds"
 
     sample = task.dataset[0, 0]
-    import torch
-
     batch = {name: torch.as_tensor(np.array(value))[None] for name, value in sample.items()}
-    from contextlib import nullcontext
-
     task.prepare(torch.device("cpu"), nullcontext, tmp_path)
     task.loss(task.module, batch, 0)
     task.save_inference(tmp_path / "later")
     assert load(str(tmp_path / "later")).presence == ()
 
 
-@pytest.mark.parametrize("setting", ["inference.presence=none", "data.preprocessing.fit=tile"])
-def test_there_are_none_if_they_are_off_or_images_come_in_tiles(
+@pytest.mark.parametrize(
+    "setting", ["inference.presence=none", "data.preprocessing.fit=tile", "training.validation_resolution=input"]
+)
+def test_there_are_none_if_they_are_off_or_peaks_are_not_those_of_whole_images(
     setting: str, tiny_settings: Settings, data: Path
 ) -> None:
     settings = override_settings(tiny_settings, [setting])
@@ -96,6 +98,51 @@ def test_a_training_on_images_with_and_without_findings_stores_what_its_validati
         ended = cli("predict", run, data / "images" / "000.png", "--out", tmp_path / name, *options)
         assert ended.code == 0, ended.stderr
         assert np.array(Image.open(tmp_path / name / "000.png")).any() == any_pixel
+
+
+def test_the_best_and_the_last_checkpoint_store_their_own_and_a_run_resumes_with_or_without(
+    train_tiny: Callable[..., Any], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thresholds = iter([(0.55,), (0.65,), (0.75,)])
+    monkeypatch.setattr("leafseg.training.segmentation_task.tuned_presence", lambda rows: next(thresholds))
+    train_tiny(data, tmp_path, "training.save_every=1", stop_after=3)
+    train_tiny(data, tmp_path, "training.save_every=1", "inference.presence=none", resume=True)
+    stored = {
+        step: LeafPipeline.from_pretrained(str(checkpoint_folder(tmp_path, step) / "pipeline")).presence
+        for step in checkpoint_steps(tmp_path)
+    }
+    assert stored[4] == (), "none was asked for when it went on"
+    assert all(stored[step] == ((0.55,) if step == 2 else ()) for step in stored)  # validated after 2 and 4 steps
+    if 2 in stored and best_checkpoint(tmp_path).name == checkpoint_folder(tmp_path, 2).name:
+        assert LeafPipeline.from_pretrained(str(tmp_path)).presence == (0.55,)
+
+
+def test_cross_validation_draws_held_out_images_without(
+    tiny_settings: Settings, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("leafseg.training.segmentation_task.tuned_presence", lambda rows: (0.95,))
+    store_new_split(data, tmp_path, settings=DataSettings(), folds=2, test=0.25)
+    settings = override_settings(tiny_settings, ["training.steps=1", "training.validations=1"])
+    found = run_crossval(settings, data, tmp_path)
+    for fold in found.folds:
+        assert LeafPipeline.from_pretrained(str(fold.checkpoint)).presence == (0.95,)
+        assert all(row.predicted_pixels > 0 for row in fold.rows if row.peak > 0.5)
+
+
+def test_masks_come_with_the_thresholds_they_were_drawn_by(
+    tiny_pipeline: LeafPipeline, data: Path, tmp_path: Path, cli: Cli
+) -> None:
+    tiny_pipeline.presence = (0.55,)
+    tiny_pipeline.save_pretrained(tmp_path / "model")
+    for name, options, used in (("with", (), [0.55]), ("without", ("--keep-unsure",), [])):
+        ended = cli("predict", tmp_path / "model", data / "images" / "000.png", "--out", tmp_path / name, *options)
+        assert ended.code == 0, ended.stderr
+        assert json.loads((tmp_path / name / "report.json").read_text())["presence"] == used
+        ended = cli("evaluate", tmp_path / "model", "--data", data, "--out", tmp_path / f"e-{name}", *options)
+        assert ended.code == 0, ended.stderr
+    ended = cli("compare", tmp_path / "e-with", tmp_path / "e-without", "--out", tmp_path / "compared")
+    assert ended.code == 0, ended.stderr
+    assert "does not draw what it is nowhere sure of (thresholds of presence)" in ended.stdout
 
 
 def test_an_export_obeys_them(tiny_pipeline: LeafPipeline, tmp_path: Path) -> None:

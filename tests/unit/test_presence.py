@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from leafseg.config import Settings, load_settings, override_settings
 from leafseg.ensemble import EnsembleSegmenter, FlippedSegmenter
 from leafseg.errors import CheckpointError, ConfigError
+from leafseg.evaluation.evaluate import input_grid_pipeline
 from leafseg.fast_mode import Arrangement, load_folded
 from leafseg.model.build import build_components
+from leafseg.model_folder import slim_model
 from leafseg.pipeline import LeafPipeline
 from leafseg.predict import PipelineSegmenter, labelled
 from leafseg.presence import tuned_presence, without_absent
@@ -41,8 +43,10 @@ def test_a_label_below_its_threshold_in_the_whole_image_is_dropped_and_others_st
     drawn = without_absent(probability, (0.5, 0.75))
     assert np.array_equal(probability, before)
     assert np.array_equal(drawn[0], before[0]), "a highest probability at the threshold is enough"
-    assert not drawn[1, 1].any()
-    assert np.array_equal(drawn[1, [0, 2]], before[1, [0, 2]])
+    assert not drawn[1, 1:, 2, 2].any()
+    untouched = np.ones((4, 4), bool)
+    untouched[2, 2] = False
+    assert np.array_equal(drawn[1][:, untouched], before[1][:, untouched])
 
 
 @pytest.mark.parametrize("presence", [(), (0.0,), (0.5,)])
@@ -59,7 +63,12 @@ def test_labels_and_masks_follow_and_the_probability_stays() -> None:
         assert (result.mask == drawn).all()
         assert result.probability is binary
     several = np.stack([np.full((2, 2), p, np.float32) for p in (0.1, 0.6, 0.3)])
-    assert (labelled(several, overlapping=False, presence=(0.65, 0.2)).labels == 2).all(), "the next likely class"
+    several[:, 0, 0] = (0.1, 0.2, 0.7)
+    result = labelled(several, overlapping=False, presence=(0.65, 0.2))
+    assert result.labels.tolist() == [[2, 0], [0, 0]], "what is left out is background, not the next likely class"
+    assert np.array_equal(result.mask[0], result.labels == 0)
+    assert labelled(several, overlapping=False, presence=(0.6, 0.75)).labels.tolist() == [[0, 1], [1, 1]]
+    several[:, 0, 0] = (0.1, 0.6, 0.3)
     overlapping = labelled(several[1:], overlapping=True, presence=(0.65, 0.0))
     assert overlapping.labels is None
     assert not overlapping.mask.any()
@@ -157,6 +166,8 @@ def test_a_model_keeps_its_thresholds_and_every_way_to_use_it_obeys(
             assert user.presence == (threshold,)
         (single,), (alone,) = segmenter.segment([IMAGE]), EnsembleSegmenter([segmenter]).segment([IMAGE])
         assert bool(single.mask.any()) is bool(alone.mask.any()) is kept
+        flipped = FlippedSegmenter(segmenter, "horizontal").segment([IMAGE])[0]
+        assert bool(flipped.mask.any()) is bool(flipped.probability.max() >= threshold)
         segmenter.presence = ()
         assert segmenter.segment([IMAGE])[0].mask.any()
 
@@ -198,10 +209,24 @@ def test_several_classes_have_a_threshold_each_but_the_background(tiny_settings:
     plain = make([0.0, 0.0])(IMAGE)
     output = make([0.0, 1.0])(IMAGE)
     assert torch.equal(plain.probability, output.probability)
-    assert not (output.labels == 2).any()
-    assert torch.equal(output.labels == 1, plain.probability[:, :2].argmax(1) == 1)
+    assert (plain.labels == 2).any()
+    assert torch.equal(output.labels, plain.labels.where(plain.labels != 2, 0))
     with pytest.raises(ConfigError, match="2 numbers"):
         make([0.5])
+
+
+def test_thresholds_that_are_set_are_checked_and_saved(tiny_pipeline: LeafPipeline, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="1 numbers"):
+        tiny_pipeline.presence = (0.6, 0.7)
+    tiny_pipeline.presence = (0.6,)
+    tiny_pipeline.save_pretrained(tmp_path / "set")
+    assert LeafPipeline.from_pretrained(tmp_path / "set").presence == (0.6,)
+    assert input_grid_pipeline(tiny_pipeline).presence == (0.6,)
+    slim_model(str(tmp_path / "set"), tmp_path / "slim")
+    assert LeafPipeline.from_pretrained(tmp_path / "slim").presence == (0.6,)
+    tiny_pipeline.presence = ()
+    tiny_pipeline.save_pretrained(tmp_path / "none")
+    assert json.loads((tmp_path / "none" / "model_index.json").read_text())["format_version"] == 1
 
 
 def test_an_ensemble_means_the_thresholds_of_its_models(tiny_pipeline: LeafPipeline) -> None:

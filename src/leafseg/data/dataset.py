@@ -15,6 +15,7 @@ from leafseg.config import AugmentationSettings
 from leafseg.data.manifest import Manifest, read_labels
 from leafseg.data.transforms import (
     Augmentation,
+    Box,
     Preprocessor,
     augment,
     draw_augmentation,
@@ -99,15 +100,19 @@ class SegmentationDataset(Dataset[dict[str, Any]]):
         image, labels, change = self._changed(position, index)
         sample = {"augmentation": pack_augmentation(change), "index": index, "position": position}
         if self.augmentation is not None and self.augmentation.mix > 0:
-            size = (image.shape[-2], image.shape[-1])
-            draws = rng.generator(self.seed, "mix", position)
-            other, box = draw_mix(self.augmentation.mix, len(self), index, size, draws)
+            other, box = self.lender(position, index)
             change = Augmentation()
             if any(box):
                 other_image, other_labels, change = self._changed(position, other, lender=True)
                 image, labels = paste(image, other_image, box), paste(labels, other_labels, box)
             sample.update(mix_box=torch.tensor(box), mix_index=other, mix_augmentation=pack_augmentation(change))
         return {"image": image, "labels": labels, **sample}
+
+    def lender(self, position: int, index: int) -> tuple[int, Box]:
+        """Which sample lends sample ``index`` a rectangle at this position, and which; see ``transforms.draw_mix``."""
+        share = self.augmentation.mix if self.augmentation is not None else 0.0
+        draws = rng.generator(self.seed, "mix", position)
+        return draw_mix(share, len(self), index, self.preprocessor.settings.size, draws)
 
     def _changed(self, position: int, index: int, *, lender: bool = False) -> tuple[Tensor, Tensor, Augmentation]:
         """Image and labels of sample ``index`` as position ``position`` changes them, and how.

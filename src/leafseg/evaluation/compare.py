@@ -162,6 +162,12 @@ def compare(first: StoredEvaluation, second: StoredEvaluation, *, names: tuple[s
     """
     _check_same_data(first, second)
     left_out, notes = _left_out(first.summary, second.summary)
+    obeying = [bool(side.summary.get("presence")) for side in (first, second)]
+    if obeying[0] != obeying[1]:
+        careful, careless = names if obeying[0] else names[::-1]
+        notes.append(
+            f"{careful} does not draw what it is nowhere sure of (thresholds of presence), {careless} has no thresholds"
+        )
     found: list[PairedDifference] = []
     dice: dict[str, list[tuple[float, float]]] = {}
     missed: dict[str, list[int]] = {}

@@ -40,7 +40,7 @@ class Runtime:
     content, and the graph computes what the modules compute, up to rounding.
 
     Attributes:
-        presence: thresholds of the foreground labels; an empty tuple draws them wherever they are likelier than not.
+        presence: thresholds of the foreground labels; an empty tuple draws them by the usual rule.
     """
 
     def __init__(self, folder: ExportedFolder, graph: Graph) -> None:

@@ -221,7 +221,9 @@ def _seconds_for_features(task: SegmentationTask, session: Session) -> float:
     """How long the teacher will take for all training images, if its features are cached: computes those that the first
     steps need, so that these are timed as later ones will be."""
     begin = time.monotonic()
-    computed = task.fill_cache({index for batch in session.sampler(0, _TIMED_STEPS) for _, index in batch})
+    keys = [key for batch in session.sampler(0, _TIMED_STEPS) for key in batch]
+    lenders = {task.dataset.lender(*key)[0] for key in keys} if task.settings.data.augmentation.mix > 0 else set()
+    computed = task.fill_cache({index for _, index in keys} | lenders)
     seconds = time.monotonic() - begin
     return seconds / computed * len(task.dataset) if computed else 0.0
 

@@ -149,8 +149,11 @@ class SegmentationTask(ABC):
         return [row.as_dict() for row in rows]
 
     def summarise(self, rows: list[Mapping[str, Any]]) -> Validation:
-        # With tiles a label's highest probability is known after the last tile of an image that fits no memory.
-        if self.settings.inference.presence == "tuned" and self.settings.data.preprocessing.fit != "tile":
+        # With tiles a label's highest probability is known after the last tile of an image that fits no memory; and on
+        # another grid than the one that is drawn on it is another.
+        whole = self.settings.data.preprocessing.fit != "tile"
+        original = self.settings.training.validation_resolution == "original"
+        if self.settings.inference.presence == "tuned" and whole and original:
             self._presence = tuned_presence(rows)
         dice = [row["dice"] for row in rows if row["dice"] is not None]
         empty = [float(row["predicted_pixels"] > 0) for row in rows if row["empty"]]

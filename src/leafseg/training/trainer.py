@@ -363,7 +363,8 @@ def _explain_kept_budget(run: Path, total: int, record: dict[str, Any], settings
 _FREE = ("settings.training.steps", "settings.training.minutes", "settings.data.workers", "settings.data.cache_mb",
          "settings.training.save_every", "settings.training.validations", "settings.training.validation_samples",
          "settings.training.micro_batch_size", "settings.training.gradient_checkpointing",
-         "settings.training.latent_cache_mb", "settings.teacher.cache_dir", "settings.teacher.cache_mb")  # fmt: skip
+         "settings.training.latent_cache_mb", "settings.teacher.cache_dir", "settings.teacher.cache_mb",
+         "settings.inference.presence")  # fmt: skip
 # What a training did before such a setting existed, where that is not the setting's default.
 _BEFORE_IT_EXISTED = {"settings.coarse_share": 0.0}
 # Free as well, unless they decide when dropout acts.
