@@ -597,9 +597,7 @@ class CompactDecoderSettings(SettingsModel):
     width: int | None = Field(
         None, ge=16, multiple_of=8, description="channels at the latent's size; default: what suits the full decoder's"
     )
-    blocks: int | None = Field(
-        None, ge=1, description="residual blocks at the latent's size; default: 4, and 2 where its stride is 2"
-    )
+    blocks: int = Field(4, ge=1, description="residual blocks at the latent's size")
     crop: int | None = Field(
         None,
         ge=8,
@@ -652,9 +650,7 @@ class CompactEncoderSettings(SettingsModel):
     width: int | None = Field(
         None, ge=32, multiple_of=16, description="channels at the latent's size; default: what suits the full encoder's"
     )
-    blocks: int | None = Field(
-        None, ge=1, description="residual blocks at the latent's size; default: 4, and 2 where its stride is 2"
-    )
+    blocks: int = Field(4, ge=1, description="residual blocks at the latent's size")
     augmentation: AugmentationSettings = _UNLABELLED
     prediction_weight: float = Field(
         1.0, ge=0, description="weight of what the U-Net makes of the latents, beside the latents themselves"

@@ -96,7 +96,7 @@ def test_compact_parts_follow_any_stride(levels: int) -> None:
     assert latent.shape == (1, 4, 2, 3)
     decoder = CompactMaskDecoder.for_autoencoder(config, width=32)
     assert decoder(latent).shape == (1, 1, 2 * stride, 3 * stride)
-    assert len(decoder.body) == decoder.config["blocks"] == (2 if stride == 2 else 4)
+    assert len(decoder.body) == decoder.config["blocks"] == 4
     assert len(CompactImageEncoder.for_encoder(config, width=32, blocks=3).body) == 3
 
 

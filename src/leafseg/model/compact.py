@@ -28,11 +28,6 @@ def _least_width(levels: Sequence[int]) -> int:
     return int(_WIDTH_A_STRIDE * 2 ** (len(levels) - 1))
 
 
-def _default_blocks(levels: Sequence[int]) -> int:
-    """At stride 2 the least width makes twice as many numbers as at stride 4, and reading them takes the time."""
-    return 2 if len(levels) == 2 else 4
-
-
 class _Block(nn.Module):
     """Two 3x3 convolutions and a shortcut. The one normalisation also tells each place about the whole picture."""
 
@@ -79,14 +74,14 @@ class CompactMaskDecoder(ModelMixin, ConfigMixin):
 
     @classmethod
     def for_autoencoder(
-        cls, config: Mapping[str, Any], *, width: int | None = None, blocks: int | None = None
+        cls, config: Mapping[str, Any], *, width: int | None = None, blocks: int = 4
     ) -> CompactMaskDecoder:
         """With random weights, for the masks of an autoencoder of this config; its size follows from it by default."""
         widths = config["block_out_channels"]
         return cls(
             latent_channels=int(config["latent_channels"]),
             width=width or max(_least_width(widths), int(widths[-1]) // 4),
-            blocks=blocks or _default_blocks(widths),
+            blocks=blocks,
             upsamplings=len(widths) - 1,
         )
 
@@ -161,7 +156,7 @@ class CompactImageEncoder(ModelMixin, ConfigMixin):
         config: Mapping[str, Any],
         *,
         width: int | None = None,
-        blocks: int | None = None,
+        blocks: int = 4,
         latent_mean: Sequence[float] | None = None,
         latent_std: Sequence[float] | None = None,
     ) -> CompactImageEncoder:
@@ -170,7 +165,7 @@ class CompactImageEncoder(ModelMixin, ConfigMixin):
         return cls(
             latent_channels=channels,
             width=width or max(_least_width(widths), int(widths[-1]) // 2),
-            blocks=blocks or _default_blocks(widths),
+            blocks=blocks,
             downsamplings=len(widths) - 1,
             attention=bool(config["mid_block_add_attention"]),
             latent_mean=tuple(latent_mean or [0.0] * channels),
