@@ -36,12 +36,14 @@ Record = Mapping[str, Any]
 
 # How the models of the agreement records came about; leafseg benchmark writes no command of its own.
 AGREEMENT_COMMANDS = (
-    "- agreement-tiny-NAME: `leafseg train --data DATA/NAME --preset leaf-tiny --modality microscopy --minutes 4",
-    "  --out RUN`, then `leafseg benchmark RUN --images HELD_OUT --limit 100 --repeats 7 --out FILE`; HELD_OUT holds",
-    "  the images of the test part (RUN/split.csv).",
+    "- agreement-tiny-wbc: `leafseg train --config configs/wbc-tiny.yaml --data DATA/wbc --preset leaf-tiny --seed 1337",
+    "  --set training.minutes=9 --out RUN`, then `leafseg benchmark RUN --images HELD_OUT --repeats 7 --out FILE`;",
+    "  HELD_OUT holds the images of the test part (RUN/split.csv).",
+    "- agreement-tiny-dsb2018: likewise, after `leafseg train --data DATA/dsb2018 --preset leaf-tiny --modality",
+    "  microscopy --minutes 4`.",
     "- agreement-tiny-wbc-compact (128 px): the model and compact parts of [compact](results/compact.md), then",
     "  `leafseg benchmark RUN/compact --images HELD_OUT --compact both --min-agreement 0.995 --repeats 7 --out FILE`.",
-    "- Both with leaf-tiny's network of before (`configs/tiny-stride-4.yaml`).",
+    "- The last two with leaf-tiny's network of before (`configs/tiny-stride-4.yaml`).",
     "- agreement-base-random: `leafseg benchmark MODEL --repeats 1 --out FILE` on a model of `write_random_model` in",
     "  `benchmarks/_common.py` (random weights: its masks say nothing, so none are compared).",
 )
