@@ -37,8 +37,8 @@ Record = Mapping[str, Any]
 # How the models of the agreement records came about; leafseg benchmark writes no command of its own.
 AGREEMENT_COMMANDS = (
     "- agreement-tiny-wbc: `leafseg train --config configs/wbc-tiny.yaml --data DATA/wbc --preset leaf-tiny --seed",
-    "  1337 --set training.minutes=9 --out RUN`, then `leafseg benchmark RUN --images HELD_OUT --repeats 7 --out FILE`;",
-    "  HELD_OUT holds the images of the test part (RUN/split.csv).",
+    "  1337 --set training.minutes=9 --out RUN`, then `leafseg benchmark RUN --images HELD_OUT --repeats 7 --out",
+    "  FILE`; HELD_OUT holds the images of the test part (RUN/split.csv).",
     "- agreement-tiny-dsb2018: likewise, after `leafseg train --data DATA/dsb2018 --preset leaf-tiny --modality",
     "  microscopy --minutes 4`.",
     "- agreement-tiny-wbc-compact (128 px): the model and compact parts of [compact](results/compact.md), then",
