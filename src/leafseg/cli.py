@@ -349,13 +349,14 @@ def _evaluated(
     from importlib.metadata import version
 
     from leafseg.evaluation.evaluate import evaluate as run_evaluation
+    from leafseg.predict import presence_of
     from leafseg.runs import model_sha256, selected_on_test
     from leafseg.training.run import hardware, library_versions
 
     part = _part_of(segmenter, model, data, split, split_file=split_file, overrides=overrides)
     result = run_evaluation(segmenter, part, tolerance=tolerance)
     result.summary.update(
-        presence=list(segmenter.presence),
+        presence=list(presence_of(segmenter)),
         model=model, model_sha256=model_sha256(model), data=data.resolve().name, part=split.value,
         preprocessing=segmenter.preprocessing.model_dump(mode="json"),
         versions={name: version(name) for name in ("leafseg", "monai", "scipy")} | library_versions(),

@@ -429,7 +429,7 @@ class InferenceSettings(SettingsModel):
         "one for one step, [800, 600, 400, 200, 0] for five)",
     )
     presence: Literal["tuned", "none"] = Field(
-        "tuned",
+        "none",
         description="tuned: a label that is nowhere as sure as a threshold in an image is not drawn there; validations "
         "choose it where some of their images hold nothing (docs/presence.md); none: drawn by the usual rule",
     )
@@ -749,7 +749,7 @@ _REFERENCE: dict[str, Any] = {
     "teacher": {"name": "facebook/dinov2-with-registers-base"},
     "objective": {"alignment_weight": 0.75, "alignment_reduction": "mean_over_batch"},
     "scheduler": {"beta_schedule": "linear", "clip_sample": True},
-    "inference": {"timesteps": "released", "presence": "none"},
+    "inference": {"timesteps": "released"},
     "training": {
         "steps": 100_000,
         "ema_parts": "unet",

@@ -20,7 +20,7 @@ from leafseg.config import PreprocessingSettings
 from leafseg.data.manifest import read_csv
 from leafseg.errors import CheckpointError
 from leafseg.exported import ExportedSegmenter, load_exported
-from leafseg.predict import PipelineSegmenter, Segmentation, Segmenter, labelled, load_segmenter
+from leafseg.predict import PipelineSegmenter, Segmentation, Segmenter, labelled, load_segmenter, presence_of
 from leafseg.runs import SPLIT_FILE, ensemble_models, is_baseline, is_ensemble, is_export, run_of
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class EnsembleSegmenter:
                     f"{name}: its preprocessing is another than that of {names[0]} ({'; '.join(changed)}); the models "
                     "of an ensemble share it, leave one out"
                 )
-        thresholds = [segmenter.presence for segmenter in segmenters if segmenter.presence]
+        thresholds = [found for segmenter in segmenters if (found := presence_of(segmenter))]
         count = len(self.segmenters)
         self.presence: tuple[float, ...] = tuple(sum(each) / count for each in zip(*thresholds, strict=True))
 
@@ -104,7 +104,7 @@ class FlippedSegmenter:
 
     def __init__(self, segmenter: Segmenter, flips: Flips) -> None:
         self.segmenter, self._mirrors = segmenter, _MIRRORS[flips]
-        self.presence = segmenter.presence
+        self.presence = presence_of(segmenter)
 
     @property
     def label_names(self) -> tuple[str, ...]:

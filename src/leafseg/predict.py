@@ -102,14 +102,9 @@ class Segmenter(Protocol):
     """Anything that segments.
 
     Reading belongs to it, because the intensities, the orientation and the slices of a volume are part of what a model
-    was trained with.
-
-    Attributes:
-        presence: for each foreground label the least highest probability of an image in which it is drawn, see
-            :mod:`leafseg.presence`; empty: no such thresholds, and so it may be set.
+    was trained with. One that has thresholds of presence (:mod:`leafseg.presence`) tells them as ``presence``, a tuple
+    that may be set to nothing.
     """
-
-    presence: tuple[float, ...]
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -481,7 +476,7 @@ def _predict_listed(
             {
                 "model": model_name,
                 "label_names": list(segmenter.label_names),
-                "presence": list(segmenter.presence),
+                "presence": list(presence_of(segmenter)),
                 "written": report.written,
                 "failed": report.failed,
                 "figures": report.figures,
@@ -491,6 +486,11 @@ def _predict_listed(
             },
         )
     return report
+
+
+def presence_of(segmenter: Segmenter) -> tuple[float, ...]:
+    """Its thresholds of presence, none if it knows of none."""
+    return tuple(getattr(segmenter, "presence", ()))
 
 
 def foreground_names(segmenter: Segmenter) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ ROWS = 3 * [
 def test_a_validation_chooses_them_and_the_next_step_forgets_them(
     kind: str, tiny_settings: Settings, data: Path, tmp_path: Path
 ) -> None:
-    settings = override_settings(tiny_settings, [f"model.kind={kind}"])
+    settings = override_settings(tiny_settings, [f"model.kind={kind}", "inference.presence=tuned"])
     made = LeafTask if kind == "leaf" else UNetTask
     task = made(settings, load_manifest(data, settings=settings.data))
     load = LeafPipeline.from_pretrained if kind == "leaf" else load_baseline
@@ -59,7 +59,7 @@ def test_a_validation_chooses_them_and_the_next_step_forgets_them(
 def test_there_are_none_if_they_are_off_or_peaks_are_not_those_of_whole_images(
     setting: str, tiny_settings: Settings, data: Path
 ) -> None:
-    settings = override_settings(tiny_settings, [setting])
+    settings = override_settings(tiny_settings, ["inference.presence=tuned", setting])
     task = LeafTask(settings, load_manifest(data, settings=settings.data))
     task.summarise(ROWS)
     assert task.pipeline().presence == ()
@@ -74,7 +74,7 @@ def test_a_training_on_images_with_and_without_findings_stores_what_its_validati
         write_png(data / "images" / f"{index:03d}.png", noise)
         write_png(data / "masks" / f"{index:03d}.png", np.zeros((40, 36), np.uint8))
     run = tmp_path / "run"
-    train_tiny(data, run, "training.validation_samples=100")
+    train_tiny(data, run, "training.validation_samples=100", "inference.presence=tuned")
     for name, options in (("with", ()), ("without", ("--keep-unsure",))):
         ended = cli("evaluate", run, "--data", data, "--split", "validation", "--out", tmp_path / name, *options)
         assert ended.code == 0, ended.stderr
@@ -105,7 +105,7 @@ def test_the_best_and_the_last_checkpoint_store_their_own_and_a_run_resumes_with
 ) -> None:
     thresholds = iter([(0.55,), (0.65,), (0.75,)])
     monkeypatch.setattr("leafseg.training.segmentation_task.tuned_presence", lambda rows: next(thresholds))
-    train_tiny(data, tmp_path, "training.save_every=1", stop_after=3)
+    train_tiny(data, tmp_path, "training.save_every=1", "inference.presence=tuned", stop_after=3)
     train_tiny(data, tmp_path, "training.save_every=1", "inference.presence=none", resume=True)
     stored = {
         step: LeafPipeline.from_pretrained(str(checkpoint_folder(tmp_path, step) / "pipeline")).presence
@@ -122,7 +122,9 @@ def test_cross_validation_draws_held_out_images_without(
 ) -> None:
     monkeypatch.setattr("leafseg.training.segmentation_task.tuned_presence", lambda rows: (0.95,))
     store_new_split(data, tmp_path, settings=DataSettings(), folds=2, test=0.25)
-    settings = override_settings(tiny_settings, ["training.steps=1", "training.validations=1"])
+    settings = override_settings(
+        tiny_settings, ["training.steps=1", "training.validations=1", "inference.presence=tuned"]
+    )
     found = run_crossval(settings, data, tmp_path)
     for fold in found.folds:
         assert LeafPipeline.from_pretrained(str(fold.checkpoint)).presence == (0.95,)

@@ -239,8 +239,7 @@ def test_an_ensemble_means_the_thresholds_of_its_models(tiny_pipeline: LeafPipel
     assert EnsembleSegmenter(segmenters[1:2]).presence == ()
 
 
-def test_the_setting_is_on_but_for_what_reproduces_the_released_code() -> None:
-    assert load_settings("leaf-tiny").inference.presence == "tuned"
-    assert load_settings("leaf-base").inference.presence == "tuned"
+def test_nothing_is_left_out_unless_it_is_asked_for() -> None:
+    assert {load_settings(name).inference.presence for name in ("leaf-tiny", "leaf-base")} == {"none"}
     assert load_settings("leaf-reference").inference.presence == "none"
-    assert override_settings(load_settings("leaf-tiny"), ["inference.presence=none"]).inference.presence == "none"
+    assert override_settings(load_settings("leaf-tiny"), ["inference.presence=tuned"]).inference.presence == "tuned"

@@ -55,7 +55,6 @@ class Recorded:
 
     def __init__(self, segmenter: Segmenter) -> None:
         self._segmenter = segmenter
-        self.presence = segmenter.presence
         self._classes = len(foreground_names(segmenter))
         self._masks: list[tuple[tuple[int, ...], NDArray[np.uint8]]] = []
 
