@@ -23,6 +23,7 @@ from leafseg.errors import CheckpointError, ConfigError
 from leafseg.files import read_json, write_json_atomic
 from leafseg.model_folder import converted_weights
 from leafseg.predict import Precision, Segmentation, autocast_of, execution_device, labelled
+from leafseg.presence import checked
 from leafseg.runs import BASELINE_FILE, resolve_model
 
 FORMAT_VERSION = 2  # the newest that is read; without presence thresholds a folder is written as 1
@@ -202,9 +203,7 @@ def load_baseline(
         settings = BaselineSettings.model_validate(content["baseline"])
         preprocessing = PreprocessingSettings.model_validate(content["preprocessing"])
         label_names, overlapping = [str(name) for name in content["label_names"]], bool(content["overlapping"])
-        presence = [float(threshold) for threshold in content.get("presence", ())]
-        if len(presence) not in (0, len(label_names) - (not overlapping)) or not all(0 <= t <= 1 for t in presence):
-            raise ValueError(f"presence is {presence}; it must be a number in 0..1 for each foreground label")
+        presence = checked(content.get("presence", ()), len(label_names) - (not overlapping))
         network = build_network(settings, out_channels=output_channels(label_names, overlapping=overlapping))
         weights = load_file(folder / WEIGHTS_FILE)
         network.load_state_dict({key: value.to(network.state_dict()[key].dtype) for key, value in weights.items()})

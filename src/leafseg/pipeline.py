@@ -35,7 +35,7 @@ from leafseg.model.autoencoder import MaskDecoder, decode_pictures, own_memory, 
 from leafseg.model.compact import CompactImageEncoder, CompactMaskDecoder
 from leafseg.model.image_encoder import ImageEncoder
 from leafseg.model.unet import MaskUNet
-from leafseg.presence import without_absent
+from leafseg.presence import checked, without_absent
 from leafseg.runs import BASELINE_FILE, resolve_model
 from leafseg.sampler import ddim_update, inference_timesteps
 from leafseg.tiling import (
@@ -168,9 +168,11 @@ class LeafPipeline(DiffusionPipeline):
     @presence.setter
     def presence(self, thresholds: Sequence[float]) -> None:
         labels = len(self.label_names) - self.mask_code.exclusive  # without the background
-        if thresholds and (len(thresholds) != labels or not all(0 <= threshold <= 1 for threshold in thresholds)):
-            raise ConfigError(f"presence is {list(thresholds)}; it must be {labels} numbers in 0..1, one a label")
-        self.register_to_config(presence=[float(threshold) for threshold in thresholds] or None)
+        try:
+            found = checked(thresholds, labels)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        self.register_to_config(presence=list(found) or None)
 
     def to_json_string(self) -> str:
         """The model index; of a model without thresholds or compact parts, what it was before there were any."""

@@ -1,9 +1,10 @@
 """Whether a label is in an image at all: a model that is nowhere sure of it should not draw it.
 
 Above one half somewhere is little evidence: on images with nothing to find, networks hedge, and the mean of "nothing"
-and a guessed outline passes one half in places. Real objects are met with near certainty at least at their middle. So
-each label gets a threshold for its highest probability in the image, chosen on the validation part from figures that a
-validation computes anyway. NumPy alone, since exported models obey it too.
+and a guessed outline passes one half in places. Of most real objects they are nearly certain, at least at their middle.
+So each label may get a threshold for its highest probability in the image, chosen on the validation part from figures
+that a validation computes anyway; it hides some objects too (docs/presence.md). NumPy alone, since exported models obey
+it too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,18 @@ from numpy.typing import NDArray
 _ROUNDING = 1e-6  # of a sum of Dice: one image is one image
 _LEAST = 3  # images with and without a label, before anything is concluded
 _CANDIDATES = tuple(round(0.55 + 0.05 * step, 2) for step in range(9))  # 0.55 to 0.95
+
+
+def checked(presence: Sequence[Any], labels: int) -> tuple[float, ...]:
+    """The thresholds, if they are none, or one in 0..1 for each of so many foreground labels.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    numbers = all(isinstance(t, (int, float)) and not isinstance(t, bool) and 0 <= t <= 1 for t in presence)
+    if len(presence) not in (0, labels) or not numbers:
+        raise ValueError(f"presence is {list(presence)}; it must be {labels} numbers in 0..1, one a label")
+    return tuple(float(threshold) for threshold in presence)
 
 
 def without_absent(probability: NDArray[np.float32], presence: Sequence[float]) -> NDArray[np.float32]:

@@ -76,7 +76,7 @@ class CompactMaskDecoder(ModelMixin, ConfigMixin):
     def for_autoencoder(
         cls, config: Mapping[str, Any], *, width: int | None = None, blocks: int = 4
     ) -> CompactMaskDecoder:
-        """With random weights, for the masks of an autoencoder of this config; its size follows from it by default."""
+        """With random weights, for the masks of an autoencoder of this config; its width follows from it by default."""
         widths = config["block_out_channels"]
         return cls(
             latent_channels=int(config["latent_channels"]),
@@ -160,7 +160,7 @@ class CompactImageEncoder(ModelMixin, ConfigMixin):
         latent_mean: Sequence[float] | None = None,
         latent_std: Sequence[float] | None = None,
     ) -> CompactImageEncoder:
-        """With random weights, for an image encoder of this config; its size follows from it by default."""
+        """With random weights, for an image encoder of this config; its width follows from it by default."""
         widths, channels = config["block_out_channels"], int(config["latent_channels"])
         return cls(
             latent_channels=channels,

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from leafseg.errors import CheckpointError, DataError
 from leafseg.files import read_json
+from leafseg.presence import checked
 from leafseg.runs import EXPORT_FILE
 
 EXPORT_FORMAT_VERSION = 2  # the newest that is read; without presence thresholds a folder is written as 1
@@ -171,10 +172,6 @@ def _parsed(path: Path, content: Mapping[str, Any]) -> ExportedFolder:
     allowed = {len(names), 1} if overlapping is False and len(names) == 2 else {len(names)}
     if not isinstance(overlapping, bool) or channels not in allowed:
         raise ValueError(f"{len(names)} labels and {channels!r} channels do not go together")
-    presence = labels.get("presence", [])
-    foreground = len(names) - (not overlapping)
-    if len(presence) not in (0, foreground) or not all(_is_number(t, float) and 0 <= t <= 1 for t in presence):
-        raise ValueError(f"presence is {presence!r}; it must be {foreground} numbers in 0..1")
     counts = (latent["channels"], latent["stride"], content["noise"]["seed"])
     if not all(_is_number(count, int) for count in counts) or latent["channels"] < 1 or latent["stride"] < 1:
         raise ValueError(f"latent channels, stride and noise seed are {counts}")
@@ -189,7 +186,7 @@ def _parsed(path: Path, content: Mapping[str, Any]) -> ExportedFolder:
         label_names=tuple(names),
         overlapping=overlapping,
         channels=channels,
-        presence=tuple(presence),
+        presence=checked(labels.get("presence", ()), len(names) - (not overlapping)),
         latent_channels=latent["channels"],
         latent_stride=latent["stride"],
         noise=noise,

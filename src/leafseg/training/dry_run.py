@@ -222,7 +222,7 @@ def _seconds_for_features(task: SegmentationTask, session: Session) -> float:
     steps need, so that these are timed as later ones will be."""
     begin = time.monotonic()
     keys = [key for batch in session.sampler(0, _TIMED_STEPS) for key in batch]
-    lenders = {task.dataset.lender(*key)[0] for key in keys} if task.settings.data.augmentation.mix > 0 else set()
+    lenders = {lender for lender, box in (task.dataset.lender(*key) for key in keys) if any(box)}
     computed = task.fill_cache({index for _, index in keys} | lenders)
     seconds = time.monotonic() - begin
     return seconds / computed * len(task.dataset) if computed else 0.0
