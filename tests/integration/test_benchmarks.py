@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-IN_PROCESS = ("inference", "data_loading", "networks", "scaling")
+IN_PROCESS = ("inference", "data_loading", "export", "networks", "scaling")
 WITH_CHILDREN = ("memory", "start_up", "training")
 
 
