@@ -14,6 +14,8 @@ from __future__ import annotations
 import gc
 import itertools
 import tempfile
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ EXPORTS = (
     ("openvino", "bf16"),
     ("openvino", "int8"),
 )
+PACKAGES = ("onnxruntime", "openvino", "nncf")
 _CALIBRATION_IMAGES = 4
 
 
@@ -109,6 +112,7 @@ def main() -> None:
         arguments.sizes, arguments.repeats = [QUICK_SIZE], 1
         arguments.backends, arguments.precisions = ["onnx"], ["fp32"]
     about = conditions(arguments)
+    about["versions"] |= {name: version(name) for name in PACKAGES if find_spec(name)}
     wanted = [e for e in EXPORTS if e[0] in arguments.backends and e[1] in arguments.precisions]
     kinds = ["full", "compact"] if arguments.compact else ["full"]
     record = {"question": "export", **about, "preset": arguments.preset, "rows": []}

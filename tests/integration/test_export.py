@@ -473,6 +473,22 @@ def test_openvino_gives_the_pipeline_s_results(model: Path, images: Path, tmp_pa
     assert_same_results(LeafPipeline.from_pretrained(model), loaded, images)
 
 
+def test_openvino_is_compiled_for_two_shapes_and_gives_the_same_at_any(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed (leafseg[openvino])")
+    folder = export(model, tmp_path / "out", to="openvino")
+    many = runtime.load(folder)
+    stride = many.folder.latent_stride
+    generator = np.random.default_rng(0)
+    for batch, height, width in ((1, 32, 32), (2, 32, 48), (1, 48, 64), (1, 32, 32), (3, 64, 32), (2, 32, 48)):
+        image = generator.random((batch, 3, height, width), dtype=np.float32)
+        noise = generator.standard_normal(
+            (batch, many.folder.latent_channels, height // stride, width // stride), dtype=np.float32
+        )
+        found = many.run(image, noise)
+        assert found.shape == (batch, 1, height, width)
+        np.testing.assert_allclose(found, runtime.load(folder).run(image, noise), rtol=0, atol=1e-5)
+
+
 def test_openvino_quantises_with_nncf(model: Path, images: Path, tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason="openvino is not installed (leafseg[openvino])")
     pytest.importorskip("nncf", reason="nncf is not installed (leafseg[openvino])")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from leafseg.errors import CheckpointError, MissingExtraError, last_line
 # Images [B, 3, h, w] in 0..1 and noise [B, z, h/s, w/s] (latent stride s) to probabilities [B, C, h, w], all float32.
 Graph = Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.float32]]
 INPUTS, OUTPUT = ("image", "noise"), "probability"
+_FIXED_SHAPES = 2  # that OpenVINO compiles for; further ones share a graph of free shapes
 
 
 def open_graph(backend: str, path: Path, *, precision: str, threads: int | None = None) -> Graph:
@@ -71,17 +74,45 @@ def _openvino(path: Path, precision: str, threads: int | None) -> Graph:
     options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
-    try:
+    with _one_sentence(path):
         core = openvino.Core()
-        compiled = core.compile_model(core.read_model(path), "CPU", options)
-        inputs = {name for port in compiled.inputs for name in port.names}
-        outputs = {name for port in compiled.outputs for name in port.names}
+        free = core.read_model(path)
+        inputs = {name for port in free.inputs for name in port.names}
+        outputs = {name for port in free.outputs for name in port.names}
+    _check_names(path, inputs, outputs)
+
+    @cache
+    def compiled(shapes: tuple[tuple[int, ...], ...] | None) -> Any:
+        with _one_sentence(path):
+            model = free
+            if shapes is not None:
+                model = free.clone()
+                model.reshape(dict(zip(INPUTS, shapes, strict=True)))
+            return core.compile_model(model, "CPU", options)
+
+    # Kernels and memory that are planned for fixed shapes save a sixth of the time (benchmarks/export.py); an input
+    # size of one's own for every image would compile for ever.
+    fixed: set[tuple[tuple[int, ...], ...]] = set()
+
+    def run(image: NDArray[np.float32], noise: NDArray[np.float32]) -> NDArray[np.float32]:
+        shapes = (image.shape, noise.shape)
+        if len(fixed) < _FIXED_SHAPES:
+            fixed.add(shapes)
+        graph = compiled(shapes if shapes in fixed else None)
+        found: NDArray[np.float32] = graph(dict(zip(INPUTS, (image, noise), strict=True)))[OUTPUT].copy()
+        return found
+
+    return run
+
+
+@contextmanager
+def _one_sentence(path: Path) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:
         raise CheckpointError(
             f"{path}: OpenVINO cannot load the graph ({last_line(error)}); export the model again"
         ) from error
-    _check_names(path, inputs, outputs)
-    return lambda image, noise: compiled(dict(zip(INPUTS, (image, noise), strict=True)))[OUTPUT].copy()
 
 
 def _check_names(path: Path, inputs: set[str], outputs: set[str]) -> None:
