@@ -35,6 +35,7 @@ from leafseg.training.compact_tasks import (
     require_parts,
 )
 from leafseg.training.run import library_versions
+from leafseg.training.teacher_pairs import PAIRS_FILE
 from leafseg.training.trainer import TrainingResult
 from leafseg.training.trainer import train as run_loop
 
@@ -202,6 +203,8 @@ def run_compact(
     with new_folder(done) as partial:
         add_compact_parts(source, pipeline, partial)
         shutil.copyfile(out / AGREEMENT_FILE, partial / AGREEMENT_FILE)
+    for name in trained:  # nothing is trained here any more
+        (out / name / PAIRS_FILE).unlink(missing_ok=True)
     return CompactResult(done, measured, trained)
 
 

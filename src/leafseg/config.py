@@ -609,6 +609,12 @@ class CompactDecoderSettings(SettingsModel):
         0.3, ge=0, description="noise on the latents, at most: a U-Net's latents are never exactly those of a mask"
     )
     shape_weight: float = Field(0.5, ge=0, description="weight of Dice + cross-entropy against the full decoder's mask")
+    pairs: int = Field(
+        4000,
+        ge=0,
+        description="at most so many latents of masks are drawn by the full model, once, and learned from again and "
+        "again (a third of training.minutes and 1 GB are limits too); 0 draws new ones in each step",
+    )
     training: TrainingSettings = _distillation(minutes=20)
 
     @model_validator(mode="after")
@@ -635,6 +641,12 @@ class CompactTuningSettings(SettingsModel):
     enabled: bool = Field(True, description="false leaves the decoder as masks alone have taught it")
     augmentation: AugmentationSettings = _UNLABELLED
     shape_weight: float = Field(0.5, ge=0, description="weight of Dice + cross-entropy against the full decoder's mask")
+    pairs: int = Field(
+        2000,
+        ge=0,
+        description="at most so many images are drawn by the full model, once, and learned from again and "
+        "again (a third of training.minutes and 1 GB are limits too); 0 draws new ones in each step",
+    )
     cache_mb: int = Field(1500, ge=0, description="decoded images kept in memory")
     training: TrainingSettings = _distillation(minutes=20)
 

@@ -21,7 +21,7 @@ from leafseg.config import (
     load_compact_settings,
     load_settings,
 )
-from leafseg.data.dataset import SegmentationDataset
+from leafseg.data.dataset import PositionSampler, SegmentationDataset
 from leafseg.data.manifest import Sample, load_manifest
 from leafseg.data.transforms import Preprocessor
 from leafseg.errors import CheckpointError, ConfigError
@@ -293,6 +293,7 @@ def test_the_tasks_learn_and_leave_the_full_parts_alone(
             *("encoder.width=32", "encoder.blocks=1", "decoder.width=16", "decoder.blocks=1"),
             *(f"{part}.training.{name}" for part in ("encoder", "tuning", "decoder") for name in
               ("steps=60", "batch_size=4", "validations=0", "warmup_steps=1", "precision=fp32")),
+            *("decoder.pairs=32", "tuning.pairs=32"),
             "decoder.crop=16",
             "encoder.mask_weight=0",  # random weights draw masks that nobody can learn
             "tuning.shape_weight=0",
@@ -323,6 +324,34 @@ def test_the_tasks_learn_and_leave_the_full_parts_alone(
         assert torch.equal(getattr(tiny_pipeline, part).state_dict()[key], value), name
 
 
+def test_pairs_that_are_kept_give_the_loss_of_those_drawn_anew(
+    tiny_pipeline: LeafPipeline, tiny_data: Callable[..., Path], tmp_path: Path
+) -> None:
+    images = load_manifest(tiny_data(), settings=DataSettings())
+    config = tiny_pipeline.vae.config
+    tiny_pipeline.register_modules(compact_decoder=CompactMaskDecoder.for_autoencoder(config, width=16, blocks=1))
+    losses: dict[str, list[float]] = {"decoder": [], "tuning": []}
+    for pairs in (3, 0):
+        settings = load_compact_settings(
+            overrides=["decoder.crop=16", "decoder.width=16", "decoder.blocks=1", f"decoder.pairs={pairs}",
+                       f"tuning.pairs={pairs}"]
+        )  # fmt: skip
+        tasks = {
+            "decoder": DecoderDistillationTask(tiny_pipeline.vae, tiny_pipeline.preprocessor, settings.decoder),
+            "tuning": DecoderTuningTask(tiny_pipeline, images, settings.tuning),
+        }
+        for name, task in tasks.items():
+            seed = getattr(settings, name).training.seed
+            sampler = PositionSampler(n=len(task.dataset), seed=seed, batch_size_global=3, num_steps=1)
+            keys = next(iter(sampler))
+            task.prepare(torch.device("cpu"), nullcontext, tmp_path / name)
+            batch = default_collate([task.dataset[(0, i) if pairs else key] for i, key in enumerate(keys)])
+            assert ("latent" in batch) == bool(pairs)
+            losses[name].append(float(task.loss(task.module, batch, seed)["loss"].detach()))
+    for name, (kept, anew) in losses.items():
+        assert kept == pytest.approx(anew, rel=2e-3), name
+
+
 def test_each_part_learns_from_the_train_part_alone(
     tiny_pipeline: LeafPipeline, tiny_data: Callable[..., Path]
 ) -> None:
@@ -330,6 +359,7 @@ def test_each_part_learns_from_the_train_part_alone(
     settings = load_compact_settings()
     encoding = EncoderDistillationTask(tiny_pipeline, manifest, settings.encoder)
     decoding = DecoderDistillationTask(tiny_pipeline.vae, tiny_pipeline.preprocessor, settings.decoder, masks=manifest)
+    assert isinstance(decoding.dataset, MaskPictures)
     assert decoding.dataset.masks is not None
     tiny_pipeline.register_modules(compact_decoder=decoding.decoder)
     tuning = DecoderTuningTask(tiny_pipeline, manifest, settings.tuning)

@@ -36,6 +36,7 @@ from leafseg.objective import latent_loss, pixel_loss, predicted_sample
 from leafseg.pipeline import LeafPipeline
 from leafseg.training.autoencoder_task import one_class, synthetic_mask
 from leafseg.training.task import Autocast, Validation
+from leafseg.training.teacher_pairs import teacher_pairs
 
 _LARGEST_DEFAULT_CROP = 128
 _EPOCH_OF_SYNTHETIC_MASKS = 10_000  # they never repeat; an epoch is only a word there
@@ -93,7 +94,8 @@ class DecoderDistillationTask:
 
     The latents are disturbed, by white and by smooth noise, and the full decoder draws the same disturbed ones: it is
     imitated where a U-Net leads it, and not only on exact latents. The loss is L1 on the grey values, and Dice +
-    cross-entropy against the mask that the full decoder's picture stands for.
+    cross-entropy against the mask that the full decoder's picture stands for. The full decoder, much the larger one,
+    draws ``settings.pairs`` pictures before the training, and no more.
 
     Args:
         autoencoder: the teacher.
@@ -157,23 +159,35 @@ class DecoderDistillationTask:
                 stream=f"compact-mask-{name}",
             )
 
-        self.dataset, self._validation = pictures("train"), pictures("validation")
+        self._pictures, self._validation = pictures("train"), pictures("validation")
+        self.dataset: Dataset[Any] = self._pictures
         self._autocast: Autocast | None = None
         self._device = torch.device("cpu")
 
     def prepare(self, device: torch.device, autocast: Autocast, run: Path) -> None:
         self._device, self._autocast = device, autocast
         self._vae.to(device, memory_format=torch.channels_last)
+        training = self.settings.training
+        if self.settings.pairs:
+            self.dataset = teacher_pairs(
+                self._pictures,
+                lambda batch: self._taught(batch, training.seed),
+                run,
+                training,
+                most=self.settings.pairs,
+            )
+
+    def _taught(self, batch: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
+        draws = [rng.generator(seed, "compact-disturbance", position) for position in batch["position"].tolist()]
+        latent, wanted = self._latent_and_picture(batch["picture"].to(self._device), draws)
+        return {"latent": latent, "grey": wanted}
 
     def loss(self, forward: nn.Module, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-        draws = [rng.generator(seed, "compact-disturbance", position) for position in batch["position"].tolist()]
-        latent, wanted = self._latent_and_picture(batch["picture"], draws)
-        drawn = forward(latent.to(memory_format=torch.channels_last)).float()
-        return _drawing_loss(drawn, wanted, self.settings.shape_weight)
+        return _drawing_loss(forward, batch if self.settings.pairs else self._taught(batch, seed), self.settings)
 
     @torch.no_grad()
     def _latent_and_picture(self, pictures: Tensor, draws: list[np.random.Generator]) -> tuple[Tensor, Tensor]:
-        """Disturbed mask latents ``[B, z, h, w]``, and the grey values ``[B, 1, H, W]`` that the full decoder draws."""
+        """Disturbed mask latents ``[B, z, h, w]``, and the grey values ``[B, H, W]`` that the full decoder draws."""
         if self._autocast is None:
             raise RuntimeError("prepare() was not called")
         with self._autocast():
@@ -181,7 +195,7 @@ class DecoderDistillationTask:
         pairs = zip(latent, draws, strict=True)
         latent = torch.stack([one + _disturbance(one, self.settings.noise, own) for one, own in pairs])
         with self._autocast():
-            return latent, decode_pictures(self._vae, latent).float().mean(1, keepdim=True)
+            return latent, decode_pictures(self._vae, latent).float().mean(1)
 
     def validate(self, limit: int, rank: int, world_size: int) -> list[Mapping[str, Any]]:
         """Dice of the two decoders' masks on pictures that are not trained on; empty ones are left out."""
@@ -195,7 +209,7 @@ class DecoderDistillationTask:
                 raise RuntimeError("prepare() was not called")
             with self._autocast():
                 drawn = self.decoder(latent).float()
-            dice = symmetric_dice(drawn > 0, wanted > 0)
+            dice = symmetric_dice(drawn > 0, wanted[:, None] > 0)
             if not dice.isnan().all():
                 rows.append({"dice": float(dice)})
         return rows
@@ -224,7 +238,8 @@ class _ImageTask:
     ) -> None:
         self._pipeline, self._seed, self._images = pipeline, seed, images
         require_parts(images)
-        self.dataset = self._part("train", augmentation, cache_mb)
+        self._train = self._part("train", augmentation, cache_mb)
+        self.dataset: Dataset[Any] = self._train
         self._validation = self._part("validation", None, 0)
         pipeline.unet.requires_grad_(False).eval()
         pipeline.image_encoder.requires_grad_(False).eval()
@@ -298,7 +313,8 @@ class DecoderTuningTask(_ImageTask):
     """A compact mask decoder goes on learning, from the mask latents that the model itself predicts on images.
 
     A U-Net's latents are not those of masks: where the full decoder learned with the model, they may be far from them,
-    and agreement is decided there. The loss is that of :class:`DecoderDistillationTask`.
+    and agreement is decided there. The loss is that of :class:`DecoderDistillationTask`, and here too the full model
+    is asked ``settings.pairs`` times and no more.
 
     Args:
         pipeline: the model, with a compact decoder, whose copy is trained.
@@ -326,16 +342,33 @@ class DecoderTuningTask(_ImageTask):
         self.decoder.load_state_dict(before.state_dict())
         self.module: nn.Module = self.decoder
 
-    def loss(self, forward: nn.Module, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-        images = (batch["image"] * 2 - 1).to(memory_format=torch.channels_last)
-        with torch.no_grad(), self._autocasting():
+    def prepare(self, device: torch.device, autocast: Autocast, run: Path) -> None:
+        super().prepare(device, autocast, run)
+        training = self.settings.training
+        if self.settings.pairs:
+            self.dataset = teacher_pairs(
+                self._train,
+                lambda batch: self._taught(batch, training.seed),
+                run,
+                training,
+                most=self.settings.pairs,
+            )
+
+    @torch.no_grad()
+    def _taught(self, batch: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
+        """Mask latents that the model predicts ``[B, P, z, h, w]``, and what it draws of them ``[B, P, H, W]``."""
+        images = (batch["image"].to(self._device) * 2 - 1).to(memory_format=torch.channels_last)
+        with self._autocasting():
             latent = self._pipeline.encode_images(images).float()
             noise = self._noise(batch["position"].tolist(), latent.shape[2:], seed, "compact-tuning-noise")
             sample = self._sample(self._prediction(latent, noise), noise)
-            single = sample.reshape(-1, int(self.decoder.config["latent_channels"]), *sample.shape[2:])
-            wanted = decode_pictures(self._pipeline.vae, single).float().mean(1, keepdim=True)
-        drawn = forward(single.to(memory_format=torch.channels_last)).float()
-        return _drawing_loss(drawn, wanted, self.settings.shape_weight)
+            single = sample.unflatten(1, (-1, int(self.decoder.config["latent_channels"])))
+            wanted = decode_pictures(self._pipeline.vae, single.flatten(0, 1)).float().mean(1)
+        return {"latent": single, "grey": wanted.unflatten(0, single.shape[:2])}
+
+    def loss(self, forward: nn.Module, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+        taught = batch if self.settings.pairs else self._taught(batch, seed)
+        return _drawing_loss(forward, {name: taught[name].flatten(0, 1) for name in ("latent", "grey")}, self.settings)
 
     @torch.no_grad()
     def validate(self, limit: int, rank: int, world_size: int) -> list[Mapping[str, Any]]:
@@ -457,12 +490,15 @@ class EncoderDistillationTask(_ImageTask):
         self.encoder.save_pretrained(folder)
 
 
-def _drawing_loss(drawn: Tensor, wanted: Tensor, shape_weight: float) -> dict[str, Tensor]:
-    """Of grey values ``[B, 1, H, W]`` against the full decoder's: L1, and Dice + cross-entropy of the masks."""
-    grey = (drawn - wanted).abs().mean()
+def _drawing_loss(
+    forward: nn.Module, taught: Mapping[str, Tensor], settings: CompactDecoderSettings | CompactTuningSettings
+) -> dict[str, Tensor]:
+    """Of ``latent`` ``[B, z, h, w]`` and ``grey`` ``[B, H, W]``: L1 of values, Dice + cross-entropy of masks."""
+    drawn, wanted = forward(taught["latent"].to(memory_format=torch.channels_last)).float(), taught["grey"]
+    grey = (drawn[:, 0] - wanted).abs().mean()
     # Any code's pictures are black and white.
-    shape = pixel_loss(BinaryMaskCode().logits(drawn.expand(-1, 3, -1, -1)), (wanted[:, 0] > 0).long())
-    return {"loss": grey + shape_weight * shape, "grey": grey, "shape": shape}
+    shape = pixel_loss(BinaryMaskCode().logits(drawn.expand(-1, 3, -1, -1)), (wanted > 0).long())
+    return {"loss": grey + settings.shape_weight * shape, "grey": grey, "shape": shape}
 
 
 def _disturbance(latent: Tensor, most: float, draws: np.random.Generator) -> Tensor:
