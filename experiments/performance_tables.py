@@ -351,6 +351,10 @@ def choices(records: Sequence[Record]) -> list[str]:
             MISSING if light is None else f"{light['ratio']:.2f} times the plain model, {light['ms_an_image']:.0f} ms"
         )
         lines.append(f"- **Faster yet, by other networks**, {preset}: [`leafseg compact`](compact.md): {figure}.")
+        done = [row for record in of(records, "export", preset) for row in record["rows"] if row["size"] == 256]
+        quickest = min((row for row in done if "error" not in row), key=lambda row: row["median_ms"], default=None)
+        figure = MISSING if quickest is None else f"{quickest['median_ms']:.0f} ms ({quickest['mode']})"
+        lines.append(f"- **Without PyTorch**, {preset}: [`leafseg export`](export.md): {figure}.")
     for record in records:
         if not (record.get("best") and record.get("compared_images")):
             continue

@@ -90,8 +90,8 @@ def _openvino(path: Path, precision: str, threads: int | None) -> Graph:
                 model.reshape(dict(zip(INPUTS, shapes, strict=True)))
             return core.compile_model(model, "CPU", options)
 
-    # Kernels and memory that are planned for fixed shapes save a sixth of the time (benchmarks/export.py); an input
-    # size of one's own for every image would compile for ever.
+    # Kernels and memory that are planned for fixed shapes save 6 to 40 % of the time (docs/export.md); an input
+    # size of its own for every image would compile for ever.
     fixed: set[tuple[tuple[int, ...], ...]] = set()
 
     def run(image: NDArray[np.float32], noise: NDArray[np.float32]) -> NDArray[np.float32]:
