@@ -304,7 +304,8 @@ def training(records: Sequence[Record]) -> list[str]:
                 "" if wait is None else f"{100 * wait:.1f} %",
             ])  # fmt: skip
         head = ["arrangement", "ms a step", "times faster", "peak MB", "of plain", "wait for data"]
-        lines += [f"### {record['preset']}, {record['size']} px, batch {record['batch']}", "", *table(head, rows)]
+        title = f"### {record['preset']}, {record['size']} px, batch {record['batch']}"
+        lines += [title + (", another run" if title in lines else ""), "", *table(head, rows)]
     return lines + conditions(mine)
 
 

@@ -597,7 +597,9 @@ class CompactDecoderSettings(SettingsModel):
     width: int | None = Field(
         None, ge=16, multiple_of=8, description="channels at the latent's size; default: what suits the full decoder's"
     )
-    blocks: int = Field(4, ge=1, description="residual blocks at the latent's size")
+    blocks: int | None = Field(
+        None, ge=1, description="residual blocks at the latent's size; default: 4, or 2 where latents have stride 2"
+    )
     crop: int | None = Field(
         None,
         ge=8,

@@ -80,7 +80,7 @@ def test_compact_parts_have_the_shapes_of_the_full_ones_and_a_fraction_of_their_
             assert call().shape == shape
         work += counter.get_total_flops() / 2e9
     full = model_figures(settings).gflops
-    assert work < 0.2 * (full["image_encoder"] + full["mask_decoder"])
+    assert work < 0.3 * (full["image_encoder"] + full["mask_decoder"])
     if preset == "leaf-base":  # ten times less than the whole model, U-Net included
         assert full["inference"] > 10 * (work + full["unet"])
 
@@ -96,7 +96,7 @@ def test_compact_parts_follow_any_stride(levels: int) -> None:
     assert latent.shape == (1, 4, 2, 3)
     decoder = CompactMaskDecoder.for_autoencoder(config, width=32)
     assert decoder(latent).shape == (1, 1, 2 * stride, 3 * stride)
-    assert len(decoder.body) == decoder.config["blocks"] == 4
+    assert len(decoder.body) == decoder.config["blocks"] == (2 if levels == 2 else 4)
     assert len(CompactImageEncoder.for_encoder(config, width=32, blocks=3).body) == 3
 
 

@@ -74,14 +74,16 @@ class CompactMaskDecoder(ModelMixin, ConfigMixin):
 
     @classmethod
     def for_autoencoder(
-        cls, config: Mapping[str, Any], *, width: int | None = None, blocks: int = 4
+        cls, config: Mapping[str, Any], *, width: int | None = None, blocks: int | None = None
     ) -> CompactMaskDecoder:
-        """With random weights, for the masks of an autoencoder of this config; its width follows from it by default."""
+        """With random weights, for the masks of an autoencoder of this config; width and depth follow from it."""
         widths = config["block_out_channels"]
+        # With stride 2 no blocks follow at larger sizes; two wide ones then agreed better than four narrow ones.
+        single = len(widths) == 2
         return cls(
             latent_channels=int(config["latent_channels"]),
-            width=width or max(_least_width(widths), int(widths[-1]) // 4),
-            blocks=blocks,
+            width=width or max(_least_width(widths) * (2 if single else 1), int(widths[-1]) // 4),
+            blocks=blocks or (2 if single else 4),
             upsamplings=len(widths) - 1,
         )
 
