@@ -6,6 +6,7 @@ import logging
 import math
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -128,6 +129,7 @@ def run_compact(
                 f"{done}: was written with --bar {stored['bar']:g} and agrees to a mean Dice of {lowest:.4f}, below "
                 f"--bar {bar:g}; distil longer into another --out"
             )
+        _forget_pairs(out)  # a kill may have come between
         return CompactResult(done, dict(stored["agreement"]), {})
     reading = (data_settings or DataSettings()).model_copy(update={"preprocessing": pipeline.preprocessor.settings})
     # Masks that may lie beside the images are nobody's business here; a manifest is, for the groups that it names.
@@ -170,12 +172,14 @@ def run_compact(
         of_masks = masks.split_sha256 if masks is not None else None
         if not finished("decoder", decoding, settings.decoder, masks_sha256=of_masks):
             return CompactResult(None, {}, trained)
+        del decoding  # and up to a gigabyte of what it learned from
     if tuned:
         # --- the decoder again, from what the model predicts on images
         tuning = DecoderTuningTask(pipeline, listed, settings.tuning)
         of_images = {"images_sha256": listed.split_sha256, "decoder": trained["decoder"].checkpoint.name}
         if not finished("tuning", tuning, settings.tuning, **of_images):
             return CompactResult(None, {}, trained)
+        del tuning
     if "encoder" in parts:
         # --- the encoder, from images
         encoding = EncoderDistillationTask(pipeline, listed, settings.encoder)
@@ -203,9 +207,15 @@ def run_compact(
     with new_folder(done) as partial:
         add_compact_parts(source, pipeline, partial)
         shutil.copyfile(out / AGREEMENT_FILE, partial / AGREEMENT_FILE)
-    for name in trained:  # nothing is trained here any more
-        (out / name / PAIRS_FILE).unlink(missing_ok=True)
+    _forget_pairs(out)
     return CompactResult(done, measured, trained)
+
+
+def _forget_pairs(out: Path) -> None:
+    """Once the model is written, nothing is trained in ``out`` any more."""
+    for path in out.glob(f"*/{PAIRS_FILE}"):
+        with suppress(OSError):
+            path.unlink()
 
 
 def _frozen(kind: type[CompactMaskDecoder] | type[CompactImageEncoder], folder: Path) -> Any:

@@ -80,7 +80,8 @@ def test_compact_parts_have_the_shapes_of_the_full_ones_and_a_fraction_of_their_
             assert call().shape == shape
         work += counter.get_total_flops() / 2e9
     full = model_figures(settings).gflops
-    assert work < 0.3 * (full["image_encoder"] + full["mask_decoder"])
+    share = 0.2 if preset == "leaf-base" else 0.3
+    assert work < share * (full["image_encoder"] + full["mask_decoder"])
     if preset == "leaf-base":  # ten times less than the whole model, U-Net included
         assert full["inference"] > 10 * (work + full["unet"])
 

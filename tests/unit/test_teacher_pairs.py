@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from leafseg.config import TrainingSettings
 from leafseg.data.dataset import PositionSampler
+from leafseg.errors import DataError
 from leafseg.training import teacher_pairs as module
 from leafseg.training.teacher_pairs import PAIRS_FILE, teacher_pairs
 
@@ -57,24 +60,28 @@ def test_no_more_than_the_steps_take_and_the_memory_holds(tmp_path: Path, monkey
     assert len(teacher_pairs(Numbers(), Teacher(), tmp_path, settings(), most=100)) == 15
 
 
+def test_small_memory_asks_in_small_batches_for_the_same(tmp_path: Path) -> None:
+    whole, parts = (
+        teacher_pairs(Numbers(), Teacher(), tmp_path, settings(micro_batch_size=size), most=9) for size in (None, 2)
+    )
+    assert all(torch.equal(whole[0, i]["input"], parts[0, i]["input"]) for i in range(9))
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: No space left on device")
+
+    monkeypatch.setattr(module, "save_file", refuse)
+    with pytest.raises(DataError, match=r"pairs\.safetensors: cannot be written .*No space left.*free some space"):
+        teacher_pairs(Numbers(), Teacher(), tmp_path, settings(), most=9)
+
+
 def test_no_more_than_a_share_of_the_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(1000))
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(module, "progress_bar", _no_bar)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     # Ten seconds of thirty: the end is read off at 0, and then the clock once before each batch but the first.
     pairs = teacher_pairs(Numbers(), Teacher(), tmp_path, settings(steps=None, minutes=0.5), most=1000)
     assert len(pairs) == 11 * 8
-
-
-class _no_bar:  # noqa: N801  # stands in for a function
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    def __enter__(self) -> _no_bar:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def reach(self, *_: int) -> None: ...
 
 
 def test_a_run_goes_on_with_what_it_has_and_another_asks_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -88,6 +95,10 @@ def test_a_run_goes_on_with_what_it_has_and_another_asks_anew(tmp_path: Path, ca
     again = teacher_pairs(Numbers(), idle, tmp_path, settings(), most=9)
     assert idle.asked == 0
     assert all(torch.equal(first[0, i][name], again[0, i][name]) for i in range(9) for name in ("input", "wanted"))
+
+    for other in (settings(steps=1), settings(steps=None, minutes=1.0)):  # the stored number of steps goes on
+        teacher_pairs(Numbers(), idle, tmp_path, other, most=100)
+        assert idle.asked == 0
 
     longer = Teacher()
     assert len(teacher_pairs(Numbers(), longer, tmp_path, settings(), most=12)) == longer.asked == 12

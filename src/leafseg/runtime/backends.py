@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -81,25 +81,27 @@ def _openvino(path: Path, precision: str, threads: int | None) -> Graph:
         outputs = {name for port in free.outputs for name in port.names}
     _check_names(path, inputs, outputs)
 
-    @cache
-    def compiled(shapes: tuple[tuple[int, ...], ...] | None) -> Any:
-        with _one_sentence(path):
-            model = free
-            if shapes is not None:
-                model = free.clone()
-                model.reshape(dict(zip(INPUTS, shapes, strict=True)))
-            return core.compile_model(model, "CPU", options)
+    # Kernels and memory that are planned for fixed shapes are faster (docs/export.md); an input size of its own for
+    # every image would compile for ever. A compiled graph serves one call at a time.
+    compiled: dict[tuple[tuple[int, ...], ...] | None, Any] = {}
+    lock = Lock()
 
-    # Kernels and memory that are planned for fixed shapes save 6 to 40 % of the time (docs/export.md); an input
-    # size of its own for every image would compile for ever.
-    fixed: set[tuple[tuple[int, ...], ...]] = set()
+    def graph_for(shapes: tuple[tuple[int, ...], ...] | None) -> Any:
+        if shapes not in compiled and len(compiled.keys() - {None}) >= _FIXED_SHAPES:
+            shapes = None
+        if shapes not in compiled:
+            with _one_sentence(path):
+                model = free
+                if shapes is not None:
+                    model = free.clone()
+                    model.reshape(dict(zip(INPUTS, shapes, strict=True)))
+                compiled[shapes] = core.compile_model(model, "CPU", options)
+        return compiled[shapes]
 
     def run(image: NDArray[np.float32], noise: NDArray[np.float32]) -> NDArray[np.float32]:
-        shapes = (image.shape, noise.shape)
-        if len(fixed) < _FIXED_SHAPES:
-            fixed.add(shapes)
-        graph = compiled(shapes if shapes in fixed else None)
-        found: NDArray[np.float32] = graph(dict(zip(INPUTS, (image, noise), strict=True)))[OUTPUT].copy()
+        with lock:
+            graph = graph_for((image.shape, noise.shape))
+            found: NDArray[np.float32] = graph(dict(zip(INPUTS, (image, noise), strict=True)))[OUTPUT].copy()
         return found
 
     return run
@@ -111,7 +113,7 @@ def _one_sentence(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         raise CheckpointError(
-            f"{path}: OpenVINO cannot load the graph ({last_line(error)}); export the model again"
+            f"{path}: OpenVINO cannot load the graph, or not for this size ({last_line(error)}); export it again"
         ) from error
 
 

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, default_collate
 
 from leafseg.config import TrainingSettings
 from leafseg.data.dataset import PositionSampler
+from leafseg.errors import DataError
 from leafseg.files import atomic_path
 from leafseg.progress import progress_bar
 from leafseg.runs import RUN_FILE, is_main_process
@@ -69,12 +70,19 @@ def teacher_pairs(
     path = run / PAIRS_FILE
     if training.steps is not None:
         most = min(most, training.steps * training.batch_size)
-    # Without run.json nothing was trained yet: what lies there may be of other settings.
-    stored = _read(path, most) if (run / RUN_FILE).is_file() else None
+    stored = None
+    if (run / RUN_FILE).is_file():  # without it nothing was trained yet: what lies there may be of other settings
+        # Only a larger number of steps asks for more than there is; a run that began with one may go on without.
+        stored = _read(path, most if training.steps is not None else 0)
     if is_main_process() and stored is None:
         stored = _ask(source, teach, training, most)
-        with atomic_path(path) as temporary:
-            save_file(stored, temporary, metadata={_ASKED: str(most)})
+        try:
+            with atomic_path(path) as temporary:
+                save_file(stored, temporary, metadata={_ASKED: str(most)})
+        except SafetensorError as error:  # what it makes of a full disk
+            raise DataError(
+                f"{path}: cannot be written ({str(error).splitlines()[0]}); free some space, at most 1 GB is needed"
+            ) from error
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
     return TeacherPairs(load_file(path) if stored is None else stored)
@@ -90,7 +98,12 @@ def _read(path: Path, most: int) -> dict[str, Tensor] | None:
                 return None
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
     except (OSError, SafetensorError, ValueError) as error:
-        log.warning("%s: is damaged (%s); what the teacher says is computed again", path, error)
+        log.warning(
+            "%s: is damaged (%s); the full model is asked again, and the training goes on, but not bit for bit if it "
+            "has a budget in minutes",
+            path,
+            error,
+        )
         return None
 
 
@@ -98,7 +111,8 @@ def _ask(source: Dataset[Any], teach: Teach, training: TrainingSettings, most: i
     minutes = training.minutes if training.steps is None else None
     end = None if minutes is None else time.monotonic() + 60 * minutes * _SHARE_OF_BUDGET
     size = len(source)  # type: ignore[arg-type]
-    stream = iter(PositionSampler(n=size, seed=training.seed, batch_size_global=_BATCH))
+    at_once = min(_BATCH, training.micro_batch_size or _BATCH)  # what changes no sample, only memory
+    stream = iter(PositionSampler(n=size, seed=training.seed, batch_size_global=at_once))
     kept: dict[str, Tensor] = {}
     done = 0
     with progress_bar("answers of the full model", total=most) as bar:

@@ -366,7 +366,7 @@ _FREE = ("settings.training.steps", "settings.training.minutes", "settings.data.
          "settings.training.latent_cache_mb", "settings.teacher.cache_dir", "settings.teacher.cache_mb",
          "settings.inference.presence")  # fmt: skip
 # What a training did before such a setting existed, where that is not the setting's default.
-_BEFORE_IT_EXISTED = {"settings.coarse_share": 0.0}
+_BEFORE_IT_EXISTED = {"settings.coarse_share": 0.0, "settings.pairs": 0}
 # Free as well, unless they decide when dropout acts.
 _FREE_AT_ONCE = ("settings.training.validate_every", "settings.training.validate_from")
 
