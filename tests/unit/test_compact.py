@@ -242,7 +242,7 @@ def test_a_damaged_compact_part_is_refused(
 
 def test_mask_pictures_are_keyed_by_position_in_range_and_sometimes_uncertain() -> None:
     def pictures(stream: str = "x", seed: int = 0) -> list[torch.Tensor]:
-        pictures = MaskPictures(None, crop=32, synthetic_share=0.3, seed=seed, stream=stream)
+        pictures = MaskPictures(None, size=32, crop=32, synthetic_share=0.3, seed=seed, stream=stream)
         return [pictures[position, 0]["picture"] for position in range(40)]
 
     one = pictures()
@@ -254,12 +254,23 @@ def test_mask_pictures_are_keyed_by_position_in_range_and_sometimes_uncertain() 
     assert 5 < certain < 30
 
 
+def test_crops_are_cut_out_of_masks_of_the_model_s_size() -> None:
+    def uniform(size: int) -> int:
+        pictures = MaskPictures(None, size=size, crop=16, synthetic_share=1.0, seed=0, stream="x")
+        drawn = [pictures[position, 0]["picture"] for position in range(40)]
+        assert all(picture.shape == (3, 16, 16) for picture in drawn)
+        return sum(bool((picture == picture[0, 0, 0]).all()) for picture in drawn)
+
+    assert uniform(16) == 0
+    assert uniform(128) > 5  # inside or outside of something, as most of a large picture is
+
+
 def test_the_masks_that_are_given_are_drawn(tiny_data: Callable[..., Path]) -> None:
     manifest = load_manifest(tiny_data(), settings=DataSettings()).part("train")
     masks = SegmentationDataset(
         manifest, Preprocessor(PreprocessingSettings(size=(32, 32))), augmentation=None, seed=0, cache_mb=1
     )
-    pictures = MaskPictures(masks, crop=32, synthetic_share=0.0, seed=0, stream="x")
+    pictures = MaskPictures(masks, size=32, crop=32, synthetic_share=0.0, seed=0, stream="x")
     known = {masks[0, index]["labels"].numpy().tobytes() for index in range(len(masks))}
     drawn = [(pictures[i, i]["picture"][0] > 0).long() for i in range(len(masks))]
     certain = [p for i, p in enumerate(drawn) if (pictures[i, i]["picture"].abs() == 1).all()]

@@ -51,8 +51,12 @@ class MaskPictures(Dataset[dict[str, Any]]):
     A U-Net that is not sure predicts something between masks: some are blurred, so that a border is, and some are
     blended with another mask, so that a whole object is. All in -1..1, ``[3, crop, crop]``, keyed by position.
 
+    Crops are cut out of masks of the model's size, synthetic ones too: most of a large picture is inside or outside of
+    something, and a decoder that only ever saw whole small objects agreed worse on it the longer it learned.
+
     Args:
         masks: labelled samples; None takes synthetic masks alone.
+        size: side of synthetic masks in pixels, at least ``crop``.
         crop: side in pixels.
         synthetic_share: of synthetic masks among those of ``masks``.
         seed: the run's seed.
@@ -60,9 +64,9 @@ class MaskPictures(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, masks: SegmentationDataset | None, *, crop: int, synthetic_share: float, seed: int, stream: str
+        self, masks: SegmentationDataset | None, *, size: int, crop: int, synthetic_share: float, seed: int, stream: str
     ) -> None:
-        self.masks, self.crop, self.seed, self.stream = masks, crop, seed, stream
+        self.masks, self.size, self.crop, self.seed, self.stream = masks, size, crop, seed, stream
         self.synthetic_share = synthetic_share if masks is not None else 1.0
 
     def __len__(self) -> int:
@@ -72,16 +76,21 @@ class MaskPictures(Dataset[dict[str, Any]]):
         position, _ = key
         draws = rng.generator(self.seed, self.stream, position)
         choice, top, left, blur, blend = draws.random(5)
-        if self.masks is None or choice < self.synthetic_share:
-            plane = torch.from_numpy(synthetic_mask(self.crop, draws))
-        else:
-            plane = one_class(self.masks[key]["labels"], draws)
+
+        def cut(plane: Tensor) -> Tensor:
             y, x = (int(v * (side - self.crop + 1)) for v, side in zip((top, left), plane.shape, strict=True))
-            plane = plane[y : y + self.crop, x : x + self.crop]
-        values = plane.float()
+            return plane[y : y + self.crop, x : x + self.crop].float()
+
+        def synthetic() -> Tensor:
+            return cut(torch.from_numpy(synthetic_mask(self.size, draws)))
+
+        if self.masks is None or choice < self.synthetic_share:
+            values = synthetic()
+        else:
+            values = cut(one_class(self.masks[key]["labels"], draws))
         if blend < _BLENDED:
             share = draws.uniform(0.5, 1)
-            values = share * values + (1 - share) * torch.from_numpy(synthetic_mask(self.crop, draws))
+            values = share * values + (1 - share) * synthetic()
         if blur < _BLURRED:
             reach = int(draws.integers(1, max(2, self.crop // 16)))
             padded = F.pad(values[None, None], (reach,) * 4, mode="replicate")
@@ -153,6 +162,7 @@ class DecoderDistillationTask:
         def pictures(name: str) -> MaskPictures:
             return MaskPictures(
                 parts[name],
+                size=size,
                 crop=crop,
                 synthetic_share=settings.synthetic_share,
                 seed=seed,
