@@ -80,11 +80,13 @@ AUTOENCODER = [
     "training.save_every=200",
     "statistics_samples=6",
 ]
+# Whole pictures cost the full decoder what as many crops cost, and norms see what they will see at inference.
 DECODER = [
-    f"decoder.crop={CROP}",
-    "decoder.training.batch_size=8",
+    f"decoder.crop={SIZE}",
+    "decoder.training.batch_size=2",
     "decoder.training.ema_decay=0.995",
-    "decoder.training.validations=3",
+    "decoder.training.validations=2",
+    "decoder.training.validation_samples=6",
 ]
 
 
@@ -183,6 +185,7 @@ def distil_decoder(data: list[Path], out: Path, minutes: float, masks: int) -> N
             "full_over_compact_seconds": round(float(np.median(took)), 1),
             "size": SIZE,
             "crop": CROP,
+            "decoder_crop": settings.crop,
         }
     )
 
@@ -328,7 +331,7 @@ def decoder_section(record: dict[str, Any] | None) -> list[str]:
     text += [
         "An AutoencoderKL with kl-f8's layout, from random weights, was trained for",
         f"{record['autoencoder_steps']} steps on crops of {record['crop']} px; a compact decoder was then distilled",
-        f"from it in {record['steps']} steps on crops of {record['crop']} px of synthetic masks alone. Below: real",
+        f"from it in {record['steps']} steps on synthetic masks of {record['decoder_crop']} px alone. Below: real",
         f"masks of the test parts at {record['size']} px, which neither training saw, through both decoders; empty",
         "masks are left out. Written by:",
         "",
