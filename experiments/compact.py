@@ -62,6 +62,7 @@ CROP = 64
 SIZE = 256  # what a full-size model works on, and masks are compared at
 NOISE = (0.0, 0.15, 0.3)  # on latents whose values have a standard deviation of about 1
 TARGET = 0.995
+MASKS = 40
 KL_F8 = (128, 256, 512, 512)
 # kl-f8's shape. A batch of two crops is a step of some seconds on two cores.
 AUTOENCODER = [
@@ -173,7 +174,7 @@ def distil_decoder(data: list[Path], out: Path, minutes: float, masks: int) -> N
             "unit": "decoder",
             "commands": [
                 command("autoencoder", data, trained["calibration"]["minutes"]),
-                command("decoder", data, minutes),
+                command("decoder", data, minutes) + ("" if masks == MASKS else f" --masks {masks}"),
             ],
             "autoencoder": trained,
             "autoencoder_steps": checkpoint_steps(run)[-1],
@@ -324,14 +325,30 @@ def work() -> list[str]:
     return rows
 
 
-def decoder_section(record: dict[str, Any] | None) -> list[str]:
+def decoder_sections(found: list[dict[str, Any]]) -> list[str]:
+    """The newest record of each size of masks that a decoder learned from, whole pictures first."""
     text = ["## The decoder, on an autoencoder of kl-f8's shape", ""]
-    if record is None:
+    if not found:
         return [*text, "Not run yet.", ""]
-    text += [
+    newest = {record.get("decoder_crop", record["crop"]): record for record in found}
+    for side, record in sorted(newest.items(), reverse=True):
+        text += [f"### Learned from masks of {side} px", "", *decoder_section(record, side)]
+        if side < record["size"]:
+            rising = ", ".join(f"{dice:.4f}" for dice in record["training"]["validation"].values())
+            text += [
+                f"On crops its validation Dice went on rising ({rising}): it learned what holds for crops, probably",
+                f"because its norms see other statistics at {record['size']} px. That is why `leafseg compact` takes whole",
+                "pictures of up to 256 px, and then the model's own latents.",
+                "",
+            ]
+    return text
+
+
+def decoder_section(record: dict[str, Any], side: int) -> list[str]:
+    text = [
         "An AutoencoderKL with kl-f8's layout, from random weights, was trained for",
         f"{record['autoencoder_steps']} steps on crops of {record['crop']} px; a compact decoder was then distilled",
-        f"from it in {record['steps']} steps on synthetic masks of {record['decoder_crop']} px alone. Below: real",
+        f"from it in {record['steps']} steps on synthetic masks of {side} px alone. Below: real",
         f"masks of the test parts at {record['size']} px, which neither training saw, through both decoders; empty",
         "masks are left out. Written by:",
         "",
@@ -402,7 +419,6 @@ def end_to_end_section(found: list[dict[str, Any]]) -> list[str]:
 
 def page() -> None:
     found = records()
-    decoders = [row for row in found if row["unit"] == "decoder"]
     newest = {(row["data"], "tuning" in row["training"]): row for row in found if row["unit"] == "end-to-end"}
     text = [
         "# Compact parts: what they cost, and how far they agree",
@@ -416,7 +432,7 @@ def page() -> None:
         "",
         "Counted, not measured. Times: [performance](../performance.md), modes that end in `compact`.",
         "",
-        *decoder_section(decoders[-1] if decoders else None),
+        *decoder_sections([row for row in found if row["unit"] == "decoder"]),
         *end_to_end_section(list(newest.values())),
         "Research software, not a medical device.",
         "",
@@ -434,7 +450,7 @@ def main() -> None:
         unit.add_argument("--out", type=Path, required=True)
         unit.add_argument("--minutes", type=float, required=True, help="training time")
         if name == "decoder":
-            unit.add_argument("--masks", type=int, default=40, help="at most so many test masks a set")
+            unit.add_argument("--masks", type=int, default=MASKS, help="at most so many test masks a set")
         if name == "end-to-end":
             unit.add_argument("--note", default="", help="what the page shall say about this run")
             unit.add_argument("--model", type=Path, required=True, help="a trained run")

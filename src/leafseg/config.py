@@ -603,8 +603,8 @@ class CompactDecoderSettings(SettingsModel):
     crop: int | None = Field(
         None,
         ge=8,
-        description="side of the square masks that are learned from; smaller is cheaper, since the full decoder draws "
-        "each; default: the model's own size, at most 128",
+        description="side of the square masks that are learned from; smaller costs less memory, but norms then see "
+        "other statistics than at inference; default: the model's own size, at most 256",
     )
     synthetic_share: float = Field(0.3, ge=0, le=1, description="share of synthetic masks where masks are given")
     noise: float = Field(

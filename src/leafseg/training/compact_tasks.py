@@ -38,7 +38,7 @@ from leafseg.training.autoencoder_task import one_class, synthetic_mask
 from leafseg.training.task import Autocast, Validation
 from leafseg.training.teacher_pairs import teacher_pairs
 
-_LARGEST_DEFAULT_CROP = 128
+_LARGEST_DEFAULT_CROP = 256
 _EPOCH_OF_SYNTHETIC_MASKS = 10_000  # they never repeat; an epoch is only a word there
 _BLURRED, _BLENDED = 0.5, 0.25
 _STATISTICS_BATCH = 4
