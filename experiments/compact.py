@@ -337,7 +337,7 @@ def decoder_sections(found: list[dict[str, Any]]) -> list[str]:
             rising = ", ".join(f"{dice:.4f}" for dice in record["training"]["validation"].values())
             text += [
                 f"On crops its validation Dice went on rising ({rising}): it learned what holds for crops, probably",
-                f"because its norms see other statistics at {record['size']} px. That is why `leafseg compact` takes whole",
+                f"because norms see other statistics at {record['size']} px. That is why `leafseg compact` takes whole",
                 "pictures of up to 256 px, and then the model's own latents.",
                 "",
             ]
