@@ -130,7 +130,7 @@ def aim(cells: Mapping[tuple[str, int, int], Record]) -> list[str]:
     return [
         f"An image of 256 px in {AIM_MS} ms was the aim: {verdict} ({best['median_ms']:.1f} ms with {best['mode']}, "
         f"its fastest call {best['fastest_ms']:.1f} ms{alone}).",
-        *(["What masks light parts draw: [compact](results/compact.md)."] if is_compact(best["mode"]) else []),
+        *(["What masks light parts draw: [compact](results/compact.md), [export](export.md)."] if is_compact(best["mode"]) else []),
         "",
     ]
 
