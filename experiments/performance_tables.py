@@ -127,10 +127,11 @@ def aim(cells: Mapping[tuple[str, int, int], Record]) -> list[str]:
     best = min(here, key=lambda row: row["median_ms"])
     verdict = "reached" if best["median_ms"] <= AIM_MS else "missed"
     alone = f"; its U-Net alone {best['parts_ms']['U-Net']:.0f} ms" if "parts_ms" in best else ""
+    masks = "What masks light parts draw: [compact](results/compact.md), [export](export.md)."
     return [
         f"An image of 256 px in {AIM_MS} ms was the aim: {verdict} ({best['median_ms']:.1f} ms with {best['mode']}, "
         f"its fastest call {best['fastest_ms']:.1f} ms{alone}).",
-        *(["What masks light parts draw: [compact](results/compact.md), [export](export.md)."] if is_compact(best["mode"]) else []),
+        *([masks] if is_compact(best["mode"]) else []),
         "",
     ]
 
