@@ -33,7 +33,8 @@ class Teacher:
     def __init__(self) -> None:
         self.asked = 0
 
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    def __call__(self, batch: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
+        assert seed == 5
         self.asked += len(batch["x"])
         return {"input": batch["x"], "wanted": batch["x"].sum((1, 2)) * 2}
 

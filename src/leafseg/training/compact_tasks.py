@@ -177,15 +177,8 @@ class DecoderDistillationTask:
     def prepare(self, device: torch.device, autocast: Autocast, run: Path) -> None:
         self._device, self._autocast = device, autocast
         self._vae.to(device, memory_format=torch.channels_last)
-        training = self.settings.training
-        if self.settings.pairs:
-            self.dataset = teacher_pairs(
-                self._pictures,
-                lambda batch: self._taught(batch, training.seed),
-                run,
-                training,
-                most=self.settings.pairs,
-            )
+        if pairs := self.settings.pairs:
+            self.dataset = teacher_pairs(self._pictures, self._taught, run, self.settings.training, most=pairs)
 
     def _taught(self, batch: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
         draws = [rng.generator(seed, "compact-disturbance", position) for position in batch["position"].tolist()]
@@ -354,15 +347,8 @@ class DecoderTuningTask(_ImageTask):
 
     def prepare(self, device: torch.device, autocast: Autocast, run: Path) -> None:
         super().prepare(device, autocast, run)
-        training = self.settings.training
-        if self.settings.pairs:
-            self.dataset = teacher_pairs(
-                self._train,
-                lambda batch: self._taught(batch, training.seed),
-                run,
-                training,
-                most=self.settings.pairs,
-            )
+        if pairs := self.settings.pairs:
+            self.dataset = teacher_pairs(self._train, self._taught, run, self.settings.training, most=pairs)
 
     @torch.no_grad()
     def _taught(self, batch: Mapping[str, Any], seed: int) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ _MOST_MB = 1000
 _BATCH = 8
 _SHARE_OF_BUDGET = 1 / 3
 
-Teach = Callable[[Mapping[str, Any]], dict[str, Tensor]]
+Teach = Callable[[Mapping[str, Any], int], dict[str, Tensor]]
 
 
 class TeacherPairs(Dataset[dict[str, Tensor]]):
@@ -59,7 +59,7 @@ def teacher_pairs(
 
     Args:
         source: maps (global sample position, index) to a sample, as trainings see it.
-        teach: of a batch of samples, tensors ``[B, ...]`` by name.
+        teach: of a batch of samples and the run's seed, tensors ``[B, ...]`` by name.
         run: the training's folder.
         training: its budget: no more samples than its steps take, and no more time than a third of its minutes.
         most: samples at most; 1 GB is the limit too.
@@ -118,7 +118,7 @@ def _ask(source: Dataset[Any], teach: Teach, training: TrainingSettings, most: i
     with progress_bar("answers of the full model", total=most) as bar:
         while done < most and not (done and end is not None and time.monotonic() > end):
             keys = next(stream)[: most - done]
-            answer = teach(default_collate([source[key] for key in keys]))
+            answer = teach(default_collate([source[key] for key in keys]), training.seed)
             if not kept:
                 a_sample = sum(2 * value[0].numel() for value in answer.values())  # bytes
                 most = min(most, max(len(keys), int(_MOST_MB * 2**20) // a_sample))
