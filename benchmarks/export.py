@@ -44,7 +44,9 @@ PACKAGES = ("onnxruntime", "openvino", "nncf")
 _CALIBRATION_IMAGES = 4
 
 
-def measure(model: Path, backend: str, precision: str, parts: str, *, size: int, repeats: int) -> dict[str, Any]:
+def measure(
+    model: Path, backend: str, precision: str, parts: str, *, size: int, repeats: int, threads: int
+) -> dict[str, Any]:
     """One export against the plain pipeline, on one image of the network's input size."""
     from leafseg.benchmark import alternately, synthetic_images
     from leafseg.errors import LeafsegError
@@ -70,7 +72,7 @@ def measure(model: Path, backend: str, precision: str, parts: str, *, size: int,
                 decoder=parts,
                 encoder=parts,
             )
-            runtime = load(report.folder, threads=_threads())
+            runtime = load(report.folder, threads=threads)
             plain, _ = plain_and_default(model)["plain"]()
             image = synthetic_images((size, size), 1)
             pixels = image[0].numpy()
@@ -91,12 +93,6 @@ def measure(model: Path, backend: str, precision: str, parts: str, *, size: int,
         "ratio": round(ratio, 3),
         "megabytes": round(report.megabytes, 1),
     }
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
 
 
 def main() -> None:
@@ -121,7 +117,10 @@ def main() -> None:
             set_input_size(folder, size)
             print(f"{arguments.preset}, {size}x{size}, batch 1")
             for parts, (backend, precision) in itertools.product(kinds, wanted):
-                row = measure(folder, backend, precision, parts, size=size, repeats=arguments.repeats)
+                row = measure(
+                    *(folder, backend, precision, parts),
+                    size=size, repeats=arguments.repeats, threads=about["threads"],
+                )  # fmt: skip
                 record["rows"].append({"size": size, "batch": 1, **row})
                 gc.collect()
                 write_record(arguments.out, record)  # what was measured stays, whatever happens next

@@ -6,8 +6,11 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +29,7 @@ from leafseg.model.build import build_components
 from leafseg.model.compact import CompactImageEncoder, CompactMaskDecoder
 from leafseg.pipeline import LeafPipeline
 from leafseg.predict import Segmentation, load_segmenter
+from leafseg.runtime.backends import open_graph
 
 Cli = Callable[..., Any]  # see conftest
 onnx = pytest.importorskip("onnx", reason="onnx is not installed (leafseg[onnx])")
@@ -471,6 +475,58 @@ def test_openvino_gives_the_pipeline_s_results(model: Path, images: Path, tmp_pa
     pytest.importorskip("openvino", reason="openvino is not installed (leafseg[openvino])")
     loaded = runtime.load(export(model, tmp_path / "out", to="openvino"))
     assert_same_results(LeafPipeline.from_pretrained(model), loaded, images)
+
+
+def test_fixed_shapes_are_compiled_twice_and_threads_take_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[tuple[int, ...] | None] = []
+
+    class Model:
+        def __init__(self, shape: tuple[int, ...] | None = None) -> None:
+            self.shape = shape
+            self.inputs = [SimpleNamespace(names={name}) for name in ("image", "noise")]
+            self.outputs = [SimpleNamespace(names={"probability"})]
+
+        def clone(self) -> Model:
+            return Model()
+
+        def reshape(self, shapes: dict[str, tuple[int, ...]]) -> None:
+            if shapes["image"][-1] == 13:
+                raise RuntimeError("shapes do not fit")
+            self.shape = shapes["image"]
+
+    class Core:
+        def read_model(self, path: Path) -> Model:
+            return Model()
+
+        def compile_model(self, model: Model, device: str, options: dict[str, Any]) -> Callable[..., Any]:
+            compiled.append(model.shape)
+            busy: list[int] = []
+
+            def run(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+                assert not busy, "two calls at once"
+                assert model.shape in (None, given["image"].shape)
+                busy.append(1)
+                time.sleep(0.002)
+                busy.pop()
+                return {"probability": given["image"][:, :1]}
+
+            return run
+
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=Core))
+    graph = open_graph("openvino", tmp_path / "model.xml", precision="fp32")
+
+    def called(side: int) -> bool:
+        image = np.full((1, 3, side, side), side, np.float32)
+        return bool(np.array_equal(graph(image, image), image[:, :1]))
+
+    with pytest.raises(CheckpointError, match=r"model\.xml: OpenVINO cannot load the graph, or not for this size"):
+        called(13)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(called, [8, 8, 16, 8, 16, 24, 32, 8, 24, 16]))
+    assert len(compiled) == 3
+    assert compiled.count(None) == 1
 
 
 def test_openvino_is_compiled_for_two_shapes_and_gives_the_same_at_any(
