@@ -36,7 +36,10 @@ def read_records(*more: Path) -> list[dict[str, Any]]:
 
 
 def units_of(plan: dict[str, Any]) -> list[dict[str, Any]]:
-    """The plan's trainings in order: variant by variant within a seed, or with ``data_first`` set by set."""
+    """The plan's trainings in order: variant by variant within a seed, or with ``data_first`` set by set.
+
+    A variant ``taken_from`` another plan is that plan's training: the same settings are not trained twice.
+    """
     units = []
     for seed in plan["seeds"]:
         pairs = [(name, data) for name in plan["order"] for data in plan["data"]]
@@ -47,7 +50,7 @@ def units_of(plan: dict[str, Any]) -> list[dict[str, Any]]:
             if wanted and data in plan.get("only", {}).get(name, plan["data"]):
                 units.append(
                     {
-                        "plan": plan["name"],
+                        "plan": plan.get("taken_from", {}).get(name, plan["name"]),
                         "variant": name,
                         "data": data,
                         "seed": seed,
@@ -237,6 +240,7 @@ def main() -> None:
         if unknown := set(arguments.plan) - set(plans):
             sys.exit(f"--plan is {', '.join(unknown)}; known are {', '.join(plans)}")
         units = [unit for name in arguments.plan for unit in units_of(plans[name])]
+        units = [unit for place, unit in enumerate(units) if unit not in units[:place]]
         records = read_records(arguments.records)
         missing = [unit for unit in units if record_of(unit, records) is None]
         if arguments.list:
