@@ -44,6 +44,7 @@ from leafseg.data.transforms import Preprocessor
 from leafseg.evaluation.intervals import bootstrap_mean
 from leafseg.evaluation.metrics import symmetric_dice
 from leafseg.files import append_line, read_json, write_text_atomic
+from leafseg.hardware import multiplies_in_bf16
 from leafseg.mask_code import BinaryMaskCode, foreground
 from leafseg.model.autoencoder import decode_pictures, encode_pictures, load_autoencoder
 from leafseg.model.build import build_components, count_parameters
@@ -257,8 +258,7 @@ def store(record: dict[str, Any]) -> None:
         **record,
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here).stdout.strip(),
         "versions": {"leafseg": version("leafseg"), **library_versions()},
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, "
-        f"bf16 {'yes' if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 'no'}",
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, bf16 {'yes' if multiplies_in_bf16() else 'no'}",
     }
     values = ("unit", "data", "sets", "agreement", "dice", "training")
     if any(all(row.get(k) == full.get(k) for k in values) for row in records()):

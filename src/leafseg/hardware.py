@@ -23,10 +23,26 @@ def processor() -> dict[str, str | int | bool]:
 
 
 def multiplies_in_bf16() -> bool:
-    """Whether the processor has instructions for bf16 that oneDNN uses."""
+    """Whether the processor has instructions for bf16 that oneDNN uses.
+
+    oneDNN itself says yes to every x86 processor with AVX-512. Where those have no instructions for bf16 (Intel's
+    before Cooper Lake, and Ice Lake), it computes in fp32 and converts all the time, which is slower than fp32 by far.
+    """
     import torch
 
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if torch.backends.mkldnn.is_available() else False
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True  # on ARM, oneDNN asks for the instructions
+    instructions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in instructions)  # bool() is False: a torch without the name
+
+
+def gpu_multiplies_in_bf16() -> bool:
+    """Whether there is a CUDA GPU that multiplies in bf16, and does not emulate it as those before Ampere do."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def library_versions() -> dict[str, str]:

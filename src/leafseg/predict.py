@@ -47,6 +47,7 @@ from leafseg.data.large import LARGE_PIXELS, tiff_pages, tiff_size, wants_pieces
 from leafseg.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 from leafseg.fast_mode import Arrangement, load_folded, read_fast_mode
 from leafseg.files import read_json, write_json_atomic
+from leafseg.hardware import gpu_multiplies_in_bf16, multiplies_in_bf16
 from leafseg.outputs.contours import CocoFile, write_geojson
 from leafseg.outputs.dicom_seg import SegmentCodes, require_dicom_packages, write_dicom_seg
 from leafseg.outputs.label_maps import write_pages, write_probability_png, write_tiled_tiff
@@ -320,8 +321,8 @@ def execution_device(device: str | None) -> torch.device:
 def autocast_of(precision: Precision, place: torch.device) -> Callable[[], AbstractContextManager[Any]] | None:
     """What makes a forward pass compute in this number format; None for fp32."""
     if precision == "auto":
-        supported = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        precision = "bf16" if supported else "fp32"
+        supported = gpu_multiplies_in_bf16 if place.type == "cuda" else multiplies_in_bf16
+        precision = "bf16" if supported() else "fp32"
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
     return partial(torch.autocast, place.type, kinds[precision]) if precision in kinds else None
 

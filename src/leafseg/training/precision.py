@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from leafseg.errors import ConfigError
+from leafseg.hardware import gpu_multiplies_in_bf16, multiplies_in_bf16
 
 
 def resolve_precision(precision: str) -> str:
@@ -18,5 +19,5 @@ def resolve_precision(precision: str) -> str:
     if precision != "auto":
         return {"fp32": "no"}.get(precision, precision)
     if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
+        return "bf16" if gpu_multiplies_in_bf16() else "fp16"
+    return "bf16" if multiplies_in_bf16() else "no"
