@@ -28,6 +28,7 @@ from leafseg.model.image_encoder import ImageEncoder
 from leafseg.model.latent_cache import LatentCache
 from leafseg.model.projector import Projector
 from leafseg.model.recompute import recompute_activations
+from leafseg.model.residual import use_quick_residual_blocks
 from leafseg.model.teachers import Teacher, load_teacher
 from leafseg.model.unet import MaskUNet
 from leafseg.model_folder import round_weights, save_model_folder
@@ -192,6 +193,7 @@ class LeafTask(SegmentationTask):
                 part.to(memory_format=torch.channels_last)
         if device.type == "cpu":
             use_quick_group_norm(self.parts.autoencoder)  # the pixel loss goes back through its decoder
+        use_quick_residual_blocks(self.parts.autoencoder)
         if self.teacher is None:
             return
         self.teacher.to(device)

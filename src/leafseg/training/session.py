@@ -21,6 +21,7 @@ from leafseg.config import TrainingSettings
 from leafseg.data.dataset import PositionSampler
 from leafseg.errors import CheckpointError, ConfigError
 from leafseg.model.group_norm import use_quick_group_norm
+from leafseg.model.residual import use_quick_residual_blocks
 from leafseg.training.checkpoint import TrainerState, open_checkpoint
 from leafseg.training.loading import none_left_behind, obey_the_trainer_alone, signals_held_back
 from leafseg.training.memory import keep_freed_memory
@@ -70,6 +71,7 @@ class Session:
         if self.device.type == "cpu":
             keep_freed_memory()
             use_quick_group_norm(self.module)
+        use_quick_residual_blocks(self.module)
         task.prepare(self.device, self.accelerator.autocast, run)
         self._trained = [p for p in self.module.parameters() if p.requires_grad]
         self._averaged = _averaged(self.module, settings)
