@@ -47,6 +47,7 @@ MODES: dict[str, list[str]] = {
     "shipped, images decoded each time": ["data.cache_mb=0"],
     "shipped, one loading process": ["data.workers=1"],
     "shipped, PyTorch's own norm gradient": [],
+    "shipped, diffusers' own residual blocks": [],
     "shipped, freed memory returned": [],
     "shipped, gradient checkpointing": ["training.gradient_checkpointing=true"],
     "shipped, 8-bit optimizer": ["training.optimizer=adamw_8bit"],
@@ -87,13 +88,15 @@ def without_economies(mode: str) -> Iterator[None]:
     """What no setting turns off."""
     from leafseg.training import leaf_task, session
 
-    own_norm = mode == "shipped, PyTorch's own norm gradient"
-    returned = mode == "shipped, freed memory returned"
+    own = {
+        "shipped, PyTorch's own norm gradient": "use_quick_group_norm",
+        "shipped, diffusers' own residual blocks": "use_quick_residual_blocks",
+    }
     with ExitStack() as stack:
-        if own_norm:
+        if mode in own:
             for module in (session, leaf_task):
-                stack.enter_context(mock.patch.object(module, "use_quick_group_norm", lambda part: part))
-        if returned:
+                stack.enter_context(mock.patch.object(module, own[mode], lambda part: part))
+        if mode == "shipped, freed memory returned":
             stack.enter_context(mock.patch.object(session, "keep_freed_memory", return_value=False))
         yield
 
