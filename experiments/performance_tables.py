@@ -86,9 +86,9 @@ def conditions(records: Sequence[Record]) -> list[str]:
     return [*lines, ""] if lines else []
 
 
-def inference(records: Sequence[Record]) -> list[str]:
+def inference(records: Sequence[Record], presets: Sequence[str] = PRESETS) -> list[str]:
     lines = []
-    for preset in PRESETS:
+    for preset in presets:
         mine = of(records, "inference", preset)
         cells = {(row["mode"], row["size"], row["batch"]): row for r in mine for row in r["rows"]}
         extra = sorted({mode for mode, _, _ in cells} - set(MODES))
@@ -136,10 +136,10 @@ def aim(cells: Mapping[tuple[str, int, int], Record]) -> list[str]:
     ]
 
 
-def exported(records: Sequence[Record]) -> list[str]:
+def exported(records: Sequence[Record], presets: Sequence[str] = PRESETS) -> list[str]:
     """Times of exported folders; what they do to masks is measured with trained weights, elsewhere."""
     lines = []
-    for preset in PRESETS:
+    for preset in presets:
         mine = of(records, "export", preset)
         rows = [
             [row["mode"], f"{row['size']} px", *([row["error"], "", ""] if "error" in row else [
@@ -311,6 +311,17 @@ def training(records: Sequence[Record]) -> list[str]:
     return lines + conditions(mine)
 
 
+def without_bf16(records: Sequence[Record]) -> list[str]:
+    """What was measured on processors that do not multiply in bf16."""
+    lines = []
+    for question, section in (("inference", inference), ("export", exported)):
+        measured = [preset for preset in PRESETS if of(records, question, preset)]
+        lines += [line.replace("### ", f"### {question.capitalize()}: ") for line in section(records, measured)]
+    if of(records, "training"):
+        lines += [line.replace("### ", "### Training: ") for line in training(records)]
+    return lines or [MISSING, ""]
+
+
 def scaling(records: Sequence[Record]) -> list[str]:
     mine = of(records, "scaling")
     rows = []
@@ -387,6 +398,7 @@ def choices(records: Sequence[Record]) -> list[str]:
 
 
 def page(records: Sequence[Record]) -> str:
+    records, others = ([r for r in records if r["processor"]["bf16"] is has] for has in (True, False))
     lines = [
         "# Performance",
         "",
@@ -440,6 +452,12 @@ def page(records: Sequence[Record]) -> str:
         "they overlap, the difference of two arrangements is not resolved.",
         "",
         *training(records),
+        "## A processor without bf16",
+        "",
+        "Many processors have AVX2 or AVX-512 but no instructions for bf16. PyTorch computes in it there too, slower",
+        "than in fp32, so that `auto` means fp32 (`leafseg benchmark` leaves bf16 out). What is left of the gains:",
+        "",
+        *without_bf16(others),
         "## Scaling",
         "",
         *scaling(records),
