@@ -696,20 +696,17 @@ def compact(
     overrides: Overrides = None,
 ) -> None:
     """A light mask decoder and a light image encoder, beside the full ones in a new model, if their masks agree."""
-    from leafseg.compact import PARTS, run_compact
+    from leafseg.compact import PARTS, budget_shares, run_compact
     from leafseg.config import load_compact_settings
 
     if steps is not None and minutes is not None:
         raise ConfigError("--steps and --minutes are both given; give one of them")
     chosen = [part for part in PARTS if parts in (CompactParts.both, part)]
-    # The decoder is trained twice: on masks, then on what the model predicts.
-    trainings = [name for part in chosen for name in (("decoder", "tuning") if part == "decoder" else ("encoder",))]
-    shares = {"decoder": 0.5, "tuning": 0.5, "encoder": 1.0}
     dotted = list(overrides or [])
-    for part in trainings:
-        share = None if minutes is None else round(minutes * shares[part] / len(chosen), 3)
-        given = {"steps": steps, "seed": seed, "minutes": share}
-        dotted += [f"{part}.training.{name}={value}" for name, value in given.items() if value is not None]
+    shares = budget_shares(chosen, tuned=load_compact_settings(overrides=dotted).tuning.enabled)
+    for training, share in shares.items():
+        given = {"steps": steps, "seed": seed, "minutes": None if minutes is None else round(minutes * share, 3)}
+        dotted += [f"{training}.training.{name}={value}" for name, value in given.items() if value is not None]
     data_settings, run_split = _data_of_run(model, None)
     result = run_compact(
         model,

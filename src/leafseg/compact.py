@@ -63,6 +63,15 @@ class CompactResult:
     trained: dict[str, TrainingResult]
 
 
+def budget_shares(parts: Sequence[Part], *, tuned: bool) -> dict[str, float]:
+    """What share of a budget in minutes each training of ``parts`` gets: the decoder's two halve what the part gets."""
+    shares: dict[str, float] = {}
+    for part in parts:
+        trainings = ("decoder", "tuning") if part == "decoder" and tuned else (part,)
+        shares |= {training: 1 / len(parts) / len(trainings) for training in trainings}
+    return shares
+
+
 def run_compact(
     model: str,
     images: Path,

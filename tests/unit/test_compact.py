@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
+from leafseg.compact import PARTS, budget_shares
 from leafseg.config import (
     AutoencoderSettings,
     DataSettings,
@@ -442,3 +443,10 @@ def test_agreement_of_empty_masks_alone_is_no_figure() -> None:
     sample = Sample("i", Path("0.png"), None, None, None, None, "0" * 64, "test")
     found = measure_agreement(empty, {"x": empty}, [sample])["x"]
     assert (found.dice, found.worst, found.both_empty) == (None, None, 1)
+
+
+def test_minutes_are_shared_out_among_the_trainings_that_run() -> None:
+    assert budget_shares(PARTS, tuned=True) == {"decoder": 0.25, "tuning": 0.25, "encoder": 0.5}
+    assert budget_shares(PARTS, tuned=False) == {"decoder": 0.5, "encoder": 0.5}
+    assert budget_shares(["decoder"], tuned=True) == {"decoder": 0.5, "tuning": 0.5}
+    assert budget_shares(["encoder"], tuned=True) == {"encoder": 1.0}
