@@ -42,6 +42,7 @@ MODES: dict[str, list[str]] = {
     "plain": [],
     "shipped": [],
     "shipped, fp32": ["training.precision=fp32"],
+    "shipped, bf16": ["training.precision=bf16"],
     "shipped, live teacher": ["teacher.features=live"],
     "shipped, no alignment": ["objective.alignment_weight=0"],
     "shipped, images decoded each time": ["data.cache_mb=0"],

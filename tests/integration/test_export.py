@@ -497,6 +497,9 @@ def test_fixed_shapes_are_compiled_twice_and_threads_take_turns(
             self.shape = shapes["image"]
 
     class Core:
+        def get_property(self, device: str, name: str) -> list[str]:
+            return ["FP32"]
+
         def read_model(self, path: Path) -> Model:
             return Model()
 
@@ -527,6 +530,34 @@ def test_fixed_shapes_are_compiled_twice_and_threads_take_turns(
         assert all(pool.map(called, [8, 8, 16, 8, 16, 24, 32, 8, 24, 16]))
     assert len(compiled) == 3
     assert compiled.count(None) == 1
+
+
+@pytest.mark.parametrize(
+    ("precision", "capabilities", "hint"),
+    [("bf16", ["FP32", "BF16"], "bf16"), ("bf16", ["FP32", "INT8"], "f32"), ("int8", ["FP32", "BF16"], "f32")],
+)
+def test_bf16_is_asked_for_only_where_the_processor_multiplies_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, capabilities: list[str], hint: str
+) -> None:
+    asked: list[dict[str, Any]] = []
+    model = SimpleNamespace(
+        inputs=[SimpleNamespace(names={name}) for name in ("image", "noise")],
+        outputs=[SimpleNamespace(names={"probability"})],
+        reshape=lambda shapes: None,
+    )
+    model.clone = lambda: model
+
+    def compile_model(model: Any, device: str, options: dict[str, Any]) -> Callable[..., Any]:
+        asked.append(options)
+        return lambda given: {"probability": given["image"]}
+
+    core = SimpleNamespace(
+        get_property=lambda device, name: capabilities, read_model=lambda path: model, compile_model=compile_model
+    )
+    monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=lambda: core))
+    image = np.zeros((1, 3, 8, 8), np.float32)
+    open_graph("openvino", tmp_path / "model.xml", precision=precision)(image, image)
+    assert [options["INFERENCE_PRECISION_HINT"] for options in asked] == [hint]
 
 
 def test_openvino_is_compiled_for_two_shapes_and_gives_the_same_at_any(
