@@ -97,6 +97,13 @@ class PreprocessingSettings(SettingsModel):
 class AugmentationSettings(SettingsModel):
     """Random changes of a training sample; every one is keyed by (seed, sample position)."""
 
+    probability: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="chance that a sample is moved and bent and, drawn apart, that its colours change; flips and "
+        "mixing have chances of their own",
+    )
     horizontal_flip: bool = True
     vertical_flip: bool = False
     rotation_degrees: float = Field(0.0, ge=0, le=180, description="uniform in +- this")

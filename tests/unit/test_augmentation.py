@@ -135,3 +135,27 @@ def test_half_the_circle_turns_a_colour_into_its_complement() -> None:
     luma = 0.299 * 0.6 + 0.701 * 0.5
     turned = changed(reddish, hue=0.5)
     torch.testing.assert_close(turned, 2 * luma - reddish, atol=1e-6, rtol=0)
+
+
+def test_a_chance_leaves_moves_and_colours_out_each_by_itself_and_never_flips() -> None:
+    always = AugmentationSettings(rotation_degrees=20, scale=(0.5, 2), elastic=0.02, brightness=0.2, hue=0.1)
+    sometimes = always.model_copy(update={"probability": 0.3})
+    moved, coloured, flipped = [], [], []
+    for position in range(1000):
+        full = draw_augmentation(always, rng.generator(7, "augmentation", position))
+        drawn = draw_augmentation(sometimes, rng.generator(7, "augmentation", position))
+        values = [
+            {name: getattr(change, name) for name, own in AUGMENTATION_KINDS.items() if own == kind}
+            for kind in ("geometric", "photometric")
+            for change in (drawn, full, Augmentation())
+        ]
+        assert values[0] in values[1:3]
+        assert values[3] in values[4:6]
+        moved.append(values[0] == values[1])
+        coloured.append(values[3] == values[4])
+        flipped.append(drawn.flip_horizontal)
+        assert drawn.flip_horizontal == full.flip_horizontal
+    for happened, chance in ((moved, 0.3), (coloured, 0.3), (flipped, 0.5)):
+        assert abs(sum(happened) - 1000 * chance) < 4 * math.sqrt(1000 * chance * (1 - chance))
+    both = sum(a and b for a, b in zip(moved, coloured, strict=True))
+    assert abs(both - 90) < 4 * math.sqrt(1000 * 0.09 * 0.91)

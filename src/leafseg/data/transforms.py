@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -259,7 +259,7 @@ def draw_augmentation(settings: AugmentationSettings, generator: np.random.Gener
     def exact(value: float) -> float:
         return float(np.float32(value))  # survives pack_augmentation unchanged
 
-    return Augmentation(
+    drawn = Augmentation(
         flip_horizontal=settings.horizontal_flip and bool(u[0] < 0.5),
         flip_vertical=settings.vertical_flip and bool(u[1] < 0.5),
         angle=exact(settings.rotation_degrees * sides[2]),
@@ -274,6 +274,10 @@ def draw_augmentation(settings: AugmentationSettings, generator: np.random.Gener
         elastic=exact(settings.elastic),
         elastic_seed=float(int(u[11] * 2**24)) if settings.elastic > 0 else 0.0,
     )
+    happens = dict(zip(("geometric", "photometric"), generator.random(2) < settings.probability, strict=True))
+    still = Augmentation()
+    left_out = (name for name, kind in AUGMENTATION_KINDS.items() if not happens.get(kind, True))
+    return replace(drawn, **{name: getattr(still, name) for name in left_out})
 
 
 def pack_augmentation(augmentation: Augmentation) -> Tensor:
