@@ -28,7 +28,8 @@ from _common import (
 )
 
 BEFORE = Path(__file__).resolve().parents[1] / "configs" / "tiny-stride-4.yaml"
-PREDICT, FOLDED = "channels_last (predict)", "bf16, folded"
+PREDICT = "channels_last (predict)"
+FOLDED = ("bf16, folded", "fp32, folded")  # the first that the processor multiplies in
 
 
 def main() -> None:
@@ -69,7 +70,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="leafseg-benchmark-") as folder:
         for name, chosen in settings.items():
             write_random_model(Path(folder) / name, chosen)
-        for mode, side, batch in itertools.product((PREDICT, FOLDED), arguments.sizes, arguments.batches):
+        folded = next(mode for mode in FOLDED if mode in candidates())
+        for mode, side, batch in itertools.product((PREDICT, folded), arguments.sizes, arguments.batches):
             images = synthetic_images((side, side), batch)
             calls: dict[str, Callable[[], Any]] = {}
             for name in settings:
@@ -77,7 +79,7 @@ def main() -> None:
                 if mode == PREDICT:
                     pipeline, _ = plain_and_default(Path(folder) / name)[PREDICT]()
                 else:
-                    pipeline = load_folded(str(Path(folder) / name), candidates()[FOLDED])
+                    pipeline = load_folded(str(Path(folder) / name), candidates()[mode])
                 calls[name] = lambda p=pipeline, x=images: p(x)
             seconds = alternately(calls, repeats=arguments.repeats)
             found = {name: spread(seconds[name]) for name in calls}
