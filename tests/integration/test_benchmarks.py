@@ -75,6 +75,23 @@ def test_a_benchmark_of_whole_processes_runs_too(name: str, tmp_path: Path, monk
     assert f"`benchmarks/{name}.py --quick`" in tables.page([record | {"quick": False, "file": "x.json"}])
 
 
+def test_what_was_measured_without_bf16_stands_apart() -> None:
+    tables = _module(ROOT / "experiments" / "performance_tables.py")
+    measured = [record for record in tables.read_records(tables.RECORDS) if record["processor"]["bf16"]]
+    slow = [
+        {**record, "processor": {**record["processor"], "bf16": False, "model": "Some older one"}}
+        for record in measured
+        if record.get("question") in ("inference", "export", "training") and record["preset"] == "leaf-tiny"
+    ]
+    before, apart = tables.page([*measured, *slow]).split("## A processor without bf16")
+    apart = apart.split("## Scaling")[0]
+    assert before == tables.page(measured).split("## A processor without bf16")[0]
+    for heading in ("Inference: leaf-tiny", "Export: leaf-tiny", "Training: leaf-tiny"):
+        assert f"### {heading}" in apart
+    assert "leaf-base" not in apart
+    assert apart.count("Some older one") == len(slow)
+
+
 def test_the_exponent_of_a_power_is_the_power(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     scaling = _module(ROOT / "benchmarks" / "scaling.py")
