@@ -13,8 +13,9 @@ import torch
 
 from leafseg.config import Settings, override_settings
 from leafseg.data.manifest import load_manifest
-from leafseg.data.transforms import augment_grid, unpack_augmentation
+from leafseg.data.transforms import augment_grid, flips_alone, unpack_augmentation
 from leafseg.errors import ConfigError
+from leafseg.model.autoencoder import encode_pictures
 from leafseg.pipeline import LeafPipeline
 from leafseg.predict import load_segmenter
 from leafseg.training.leaf_task import LeafTask, alignment_weight_at
@@ -189,7 +190,7 @@ def test_masks_that_only_flip_are_encoded_once_and_nothing_else_changes(
     assert all(torch.equal(kept[name], anew[name]) and torch.equal(kept[name], cut[name]) for name in kept)
 
     task = make_task("data.augmentation.vertical_flip=true")
-    for changed, kept in (("", 4), ("rotation_degrees=10", 0), ("mix=0.5", 0)):
+    for changed, kept in (("", 4), ("rotation_degrees=10", 0), ("mix=0.5", 4)):
         if changed:
             task = make_task(f"data.augmentation.{changed}")
         task.prepare(torch.device("cpu"), nullcontext, tmp_path)
@@ -198,6 +199,24 @@ def test_masks_that_only_flip_are_encoded_once_and_nothing_else_changes(
             batch = {name: torch.as_tensor(np.array([s[name] for s in samples])) for name in samples[0]}
             task.loss(task.module, batch, 0)
         assert 2 * (kept > 0) <= len(task._latents) <= 2 * kept  # two samples, up to four flips each
+
+
+@pytest.mark.parametrize("chosen", [("probability=0.4", "rotation_degrees=20"), ("mix=0.5",)])
+def test_moved_masks_among_kept_ones_aim_at_their_own_latents(
+    chosen: tuple[str, ...], make_task: Callable[..., LeafTask], tmp_path: Path
+) -> None:
+    task = make_task("data.augmentation.vertical_flip=true", *(f"data.augmentation.{setting}" for setting in chosen))
+    task.prepare(torch.device("cpu"), nullcontext, tmp_path)
+    for position in (0, 100, 0):  # the last time with latents kept
+        samples = [task.dataset[position + i, i % 2] for i in range(8)]
+        batch = {name: torch.as_tensor(np.array([s[name] for s in samples])) for name in samples[0]}
+        with torch.no_grad():
+            anew = encode_pictures(task.parts.autoencoder, task.parts.mask_code.encode(batch["labels"]))
+        torch.testing.assert_close(task._mask_latent(batch["labels"], batch), anew)
+    moves = [flips_alone(unpack_augmentation(vector)) is None for vector in batch["augmentation"]]
+    pastes = [any(box) for box in batch.get("mix_box", torch.zeros(8, 4)).tolist()]
+    assert 0 < sum(moves) + sum(pastes) < 8
+    assert 0 < len(task._latents) <= 8
 
 
 def test_a_smaller_training_set_is_part_of_a_larger_one_and_validation_stays(

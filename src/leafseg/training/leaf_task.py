@@ -52,6 +52,7 @@ from leafseg.training.task import Autocast
 log = logging.getLogger(__name__)
 
 _PREFILL_BATCH = 16
+_ENCODED_TOGETHER = 4  # masks that were moved are encoded in batches of a multiple of this
 
 
 def alignment_weight_at(goal: ObjectiveSettings, step: int) -> float:
@@ -289,11 +290,23 @@ class LeafTask(SegmentationTask):
                 return encode_pictures(self.parts.autoencoder, self.parts.mask_code.encode(rows)).float()
 
         flips = [flips_alone(unpack_augmentation(vector)) for vector in batch["augmentation"].cpu()]
-        changed = self.settings.data.preprocessing.fit == "tile" or "mix_box" in batch  # anew for every position
-        if changed or None in flips:
+        if self.settings.data.preprocessing.fit == "tile":  # cut anew for every position
+            flips = [None] * len(flips)
+        if "mix_box" in batch:
+            flips = [None if any(box) else flip for flip, box in zip(flips, batch["mix_box"].tolist(), strict=True)]
+        moved = [i for i, flip in enumerate(flips) if flip is None]
+        still = [i for i, flip in enumerate(flips) if flip is not None]
+        if not still:
             return encoded(labels)
-        keys = list(zip(batch["index"].tolist(), flips, strict=True))
-        return self._latents.latents(keys, lambda i: encoded(labels[i : i + 1]))
+        indices = batch["index"].tolist()
+        kept = self._latents.latents([(indices[i], flips[i]) for i in still], lambda i: encoded(labels[still[i]][None]))
+        if not moved:
+            return kept
+        # Few sizes of batch: the CPU's kernels are generated anew for each, which costs more than some rows in vain.
+        filled = moved + moved[-1:] * (-len(moved) % _ENCODED_TOGETHER)
+        latent = kept.new_empty(len(labels), *kept.shape[1:])
+        latent[still], latent[moved] = kept, encoded(labels[filled])[: len(moved)]
+        return latent
 
     def _step_of(self, batch: dict[str, Tensor]) -> int:
         """The optimizer step (0-based) that a batch belongs to."""
