@@ -45,6 +45,7 @@ MODES: dict[str, list[str]] = {
     "shipped, bf16": ["training.precision=bf16"],
     "shipped, live teacher": ["teacher.features=live"],
     "shipped, no alignment": ["objective.alignment_weight=0"],
+    "shipped, every sample moved": ["data.augmentation.probability=1"],
     "shipped, images decoded each time": ["data.cache_mb=0"],
     "shipped, one loading process": ["data.workers=1"],
     "shipped, PyTorch's own norm gradient": [],

@@ -142,7 +142,7 @@ def section(plan: dict[str, Any], records: list[dict[str, Any]]) -> list[str]:
     for one, other in plan.get("pooled", []):
         gains = [gain for d in plan["data"] if (gain := paired(mine[one, d], mine[other, d])) is not None]
         fewest = min((len(gain) for gain in gains), default=0)
-        shared = f" ({fewest} seeds)" if 0 < fewest < len(plan["seeds"]) else ""
+        shared = f" ({fewest} seed{'s' if fewest > 1 else ''})" if 0 < fewest < len(plan["seeds"]) else ""
         lines += [f"Over the sets, {one} minus {other}{shared}: {pooled(gains, len(plan['data']))}.", ""]
     return lines
 
