@@ -43,9 +43,12 @@ def test_only_images_without_an_up_are_flipped_upside_down_by_default(modality: 
 
 
 @pytest.mark.parametrize("modality", [name for name in MODALITIES if name != "generic"])
-def test_a_modality_states_the_same_augmentation_whatever_the_preset(modality: str) -> None:
-    found = {load_settings(name, overrides=[f"data.modality={modality}"]).data.augmentation for name in preset_names()}
-    assert len(found) == 1
+def test_a_modality_states_the_same_changes_and_the_preset_of_how_many_samples(modality: str) -> None:
+    chosen = [f"data.modality={modality}"]
+    found = {name: load_settings(name, overrides=chosen).data.augmentation for name in preset_names()}
+    assert len({augmentation.model_copy(update={"probability": 1.0}) for augmentation in found.values()}) == 1
+    shares = {name: augmentation.probability for name, augmentation in found.items()}
+    assert shares == {"leaf-base": 0.3, "leaf-tiny": 0.3, "leaf-reference": 1.0}
 
 
 def test_explicit_settings_win_over_the_modality(tmp_path: Path) -> None:
